@@ -1,0 +1,42 @@
+"""Codecs: what stands in for a delta. Each file here offers one class as `CODEC`; base.py has the contract."""
+
+import sys
+from typing import Any
+
+from ..errors import CheckpointError, UsageError
+from ..registry import discover
+from .base import DeltaCodec
+from .chain import ChainCodec
+
+CODECS: dict[str, type[DeltaCodec]] = {c.name: c for c in discover(sys.modules[__name__], "CODEC").values()}
+
+
+def parse_codec(text: str, group_size: int) -> DeltaCodec:
+    """The codec that a --delta text such as `drop0.9+int4` asks for. Raises UsageError naming the term."""
+    codec: DeltaCodec | None = None
+    for term in reversed(text.split("+")):
+        here = _parse_term(term.strip(), text, group_size)
+        codec = here if codec is None else ChainCodec(here, codec)
+    return codec
+
+
+def _parse_term(term: str, text: str, group_size: int) -> DeltaCodec:
+    for codec in CODECS.values():
+        if match := codec.pattern.fullmatch(term):
+            return codec.from_term(match, group_size)
+    raise UsageError(
+        f"--delta {text!r}: no codec {term!r}; expected exact, int8 ... int1, dropP, ternaryK, topK, N:M, rankR, "
+        "or a chain such as drop0.9+int4"
+    )
+
+
+def codec_from_config(config: dict[str, Any]) -> DeltaCodec:
+    """The codec that ders.json describes. Raises CheckpointError on what no version of ders has written."""
+    try:
+        fields = dict(config)
+        codec = CODECS[fields.pop("codec")]
+        if codec is ChainCodec:
+            return ChainCodec(codec_from_config(fields.pop("first")), codec_from_config(fields.pop("then")))
+        return codec(**fields)
+    except (KeyError, TypeError, AttributeError, UsageError) as error:
+        raise CheckpointError(f"ders.json: codec {config!r:.120}: not understood ({error})") from None

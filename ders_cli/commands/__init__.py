@@ -1,0 +1,4 @@
+"""One file per command: parse, call one function, print its report. Each offers its function as `COMMAND`.
+
+Heavy imports stand inside the functions: `ders --help` must not wait for them.
+"""

@@ -1,0 +1,5 @@
+"""python -m ders_cli"""
+
+from .app import main
+
+main()

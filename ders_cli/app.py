@@ -1,0 +1,75 @@
+"""The command line: finds commands/, turns a DersError into one line and an exit code.
+
+Exit codes: 0 done, 1 failure, 2 usage or recipe, 3 verify found a difference or a bound was passed, 4 checkpoint
+broken or architecture unsupported, 130 interrupted. Nothing heavy is imported until a command runs.
+"""
+
+import json
+import os
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from . import __version__, commands
+from .errors import DersError
+from .registry import discover
+
+SCHEMA = 1
+CONTEXT = {"help_option_names": ["-h", "--help"]}
+
+app = typer.Typer(
+    name="ders", no_args_is_help=True, context_settings=CONTEXT, pretty_exceptions_enable=False, rich_markup_mode="markdown",
+    help="One shared base and light deltas for the experts of an upcycled Mixture-of-Experts checkpoint.",
+)
+
+
+@app.callback()
+def _global(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(f"ders-cli {__version__}")
+        raise typer.Exit()
+
+
+for _name, _command in discover(commands, "COMMAND").items():
+    app.command(_name, context_settings=CONTEXT)(_command)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point of `ders`."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app()
+    except DersError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; an unfinished output keeps the name OUT.partial, --resume continues it", 130)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        _fail(f"{error.filename or 'output'}: {error.strerror}", 1)
+    except MemoryError:
+        _fail("out of memory; fewer --jobs need less", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    """One line on stderr, one document on stdout for --json, and the exit code."""
+    if "--debug" in sys.argv and sys.exc_info()[1] is not None:
+        import traceback
+
+        traceback.print_exc()
+    if "--json" in sys.argv:
+        print(json.dumps({"schema": SCHEMA, "error": {"message": message, "exit_code": code}}))
+    print(f"ders: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    if code == 130:
+        os._exit(code)  # worker threads may still hold blocks; there is nothing to save
+    sys.exit(code)

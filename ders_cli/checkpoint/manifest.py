@@ -1,0 +1,76 @@
+"""ders.json and the index: what a DeRS checkpoint says about itself (docs/format.md).
+
+Hashes are BLAKE3: of every tensor written (integrity), of every expert as it came (`source_hash`) and as it decodes
+(`restored_hash`). Experts are hashed as [out, in] matrices in row order, little-endian, whatever the file's own
+layout, so the same expert has the same hash in any form of the checkpoint. `checksum` covers ders.json itself.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from .reader import read_json
+
+MANIFEST = "ders.json"
+FORMAT = 1
+PAGE = 4096
+
+
+def file_names(count: int) -> list[str]:
+    """Names of the weight files, in Hugging Face's manner."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def checksum(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of the manifest without its `checksum`, as compact JSON with sorted keys."""
+    rest = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def manifest_text(manifest: Mapping[str, Any], at_least: int = 0) -> bytes:
+    """ders.json's bytes, padded with spaces to `at_least` bytes, so that a plan can state the size beforehand."""
+    whole = dict(manifest) | {"checksum": checksum(manifest)}
+    text = json.dumps(whole, indent=1, sort_keys=True).encode()
+    return text + b" " * (at_least - len(text) - 1) + b"\n"
+
+
+def planned_bytes(placeholder: Mapping[str, Any]) -> int:
+    """Room for a manifest whose numbers and hashes are not known yet: its widest form, to the next page."""
+    return -(-len(manifest_text(placeholder)) // PAGE) * PAGE
+
+
+def index_text(weight_map: Mapping[str, str], metadata: Mapping[str, Any]) -> bytes:
+    """The shard index, as transformers writes it."""
+    return (json.dumps({"metadata": dict(metadata), "weight_map": dict(weight_map)}, indent=2, sort_keys=True) + "\n").encode()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write, fsync, then take the final name."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def is_ders(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """ders.json, its checksum and format version checked. Raises CheckpointError."""
+    manifest = read_json(folder / MANIFEST, "the DeRS manifest")
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{folder / MANIFEST}: format {manifest.get('format')!r:.20}; this ders reads format {FORMAT}")
+    if manifest.get("checksum") != checksum(manifest):
+        raise CheckpointError(f"{folder / MANIFEST}: its checksum does not match its content; the file was changed or damaged")
+    return manifest
+
+

@@ -1,0 +1,141 @@
+"""Writing a safetensors file while its tensors arrive in any order, from any thread.
+
+The size of every fixed tensor is known when the file is opened, so each has its place: a block is written there
+by pwrite whenever it is ready. Tensors whose size is known only after encoding go behind them, in order, when
+they are complete. The header goes last, into space reserved for it; then fsync, then rename. A file under its
+final name is whole.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from .tensor import TensorSpec
+
+LARGEST_BYTES = 10**15  # what a number in a header may grow to: the header's space is reserved for it
+
+
+def header_text(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None) -> bytes:
+    """The header that safetensors' own writer makes: compact JSON, padded with spaces to a multiple of 8."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name, spec in tensors.items():
+        end = position + spec.nbytes
+        entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def reserved_header_bytes(fixed: Mapping[str, TensorSpec], appended: Iterable[str]) -> int:
+    """Bytes kept free for the header of a file whose appended tensors have unknown sizes."""
+    bound = dict(fixed) | {name: TensorSpec((LARGEST_BYTES,), "U8") for name in appended}
+    return len(header_text(bound, None))
+
+
+def pwrite_all(handle: int, data: np.ndarray | bytes, at: int) -> None:
+    """Write every byte at a position of the file."""
+    view = memoryview(data) if isinstance(data, bytes) else memoryview(data.reshape(-1).view(np.uint8))
+    while len(view):
+        done = os.pwrite(handle, view, at)
+        view, at = view[done:], at + done
+
+
+class ShardWriter:
+    """One output file. `write` may be called from any thread; `append` and `close` from one, after the writes."""
+
+    def __init__(self, path: Path, fixed: Mapping[str, TensorSpec], appended: Iterable[str] = (), header: bytes = b""):
+        """`fixed` tensors in file order; `appended` names follow them. `header`: write exactly this one (restore)."""
+        self.path, self._partial = path, path.with_name(path.name + ".partial")
+        self.tensors, self._awaited = dict(fixed), list(appended)
+        self._header = header
+        self._data = 8 + (len(header) or reserved_header_bytes(fixed, self._awaited))
+        self._begins, position = {}, self._data
+        for name, spec in fixed.items():
+            self._begins[name], position = position, position + spec.nbytes
+        self._end = position
+        self._handle = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        os.ftruncate(self._handle, position)
+
+    def write(self, name: str, begin: int, data: np.ndarray) -> None:
+        """Write contiguous data at byte `begin` of a fixed tensor."""
+        assert 0 <= begin <= begin + data.nbytes <= self.tensors[name].nbytes, (name, begin, data.nbytes)
+        pwrite_all(self._handle, np.ascontiguousarray(data), self._begins[name] + begin)
+
+    def write_view(self, name: str, offset: int, strides: tuple[int, int], row: int, block: np.ndarray) -> None:
+        """The inverse of `read_view`: put rows `row`... of a strided [out, in] matrix in their places.
+
+        Elements between the strides are kept: matrices that interleave in one tensor must be written one by one.
+        """
+        size, (rows, columns) = block.itemsize, block.shape
+        row_stride, column_stride = strides
+        if column_stride == 1 and row_stride == columns:
+            return self.write(name, (offset + row * row_stride) * size, block)
+        if column_stride != 1:  # one line per input column, its elements row_stride apart
+            block, lines, step, line_step = block.T, columns, row_stride, column_stride
+        else:
+            lines, step, line_step = rows, 1, row_stride
+        first = offset + row * row_stride
+        for line in range(lines):
+            at, data = first + line * line_step, np.ascontiguousarray(block[line])
+            if step != 1:
+                span = np.empty((data.size - 1) * step + 1, block.dtype)
+                os.preadv(self._handle, [memoryview(span).cast("B")], self._begins[name] + at * size)
+                span[::step] = data
+                data = span
+            self.write(name, at * size, data)
+
+    def read_back(self, name: str, begin: int, out: np.ndarray) -> None:
+        """Read what was written, to check it or to hash it."""
+        os.preadv(self._handle, [memoryview(out.reshape(-1).view(np.uint8))], self._begins[name] + begin)
+
+    def append(self, name: str, spec: TensorSpec, chunks: Iterable[np.ndarray]) -> None:
+        """Put a tensor of now known size behind all others. Names come in the order given at the start."""
+        assert name == self._awaited.pop(0), name
+        self.tensors[name], self._begins[name] = spec, self._end
+        for chunk in chunks:
+            pwrite_all(self._handle, chunk, self._end)
+            self._end += chunk.nbytes
+        assert self._end - self._begins[name] == spec.nbytes, name
+
+    def hashes(self) -> dict[str, str]:
+        """BLAKE3 of every tensor's bytes, as they stand in the file."""
+        from blake3 import blake3
+
+        found, buffer = {}, np.empty(4 << 20, np.uint8)
+        for name, spec in self.tensors.items():
+            digest = blake3()
+            for begin in range(0, spec.nbytes, buffer.size):
+                part = buffer[: min(buffer.size, spec.nbytes - begin)]
+                self.read_back(name, begin, part)
+                digest.update(part)
+            found[name] = digest.hexdigest()
+        return found
+
+    def close(self) -> int:
+        """Header, fsync, rename. Returns the bytes of the file."""
+        assert not self._awaited, self._awaited
+        text = self._header or header_text(self.tensors, None)
+        text += b" " * (self._data - 8 - len(text))
+        assert len(text) == self._data - 8
+        pwrite_all(self._handle, len(text).to_bytes(8, "little") + text, 0)
+        os.fsync(self._handle)
+        os.close(self._handle)
+        os.replace(self._partial, self.path)
+        return self._end
+
+    def abandon(self) -> None:
+        """Close without finishing; the `.partial` file stays behind for the next run to replace."""
+        os.close(self._handle)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

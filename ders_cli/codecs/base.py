@@ -1,0 +1,134 @@
+"""The codec contract: what stands in for an expert's delta, and how it is written down.
+
+A codec is a frozen dataclass; its fields are its configuration and, through `config`, its JSON. It arrives as one
+file in this folder that offers its class as `CODEC`.
+
+A matrix is handled in blocks of whole rows: encoding rows a..b on their own gives the same bytes as encoding the
+whole. A codec that cannot promise this says so by `block_rows`. Every part has the matrix's rows as its first axis,
+except the parts named in `whole`. Arithmetic is fp32; random choices are a function of (key, row, column).
+
+    spec(shape)                        the parts of one [out, in] matrix: name -> TensorSpec
+    encode(delta, key, row)            fp32 [rows, in] -> the parts of these rows; `row` is the first one's number
+    decode(parts, shape, key, row)     parts of some rows -> fp32 [rows, in]
+
+`encode_expert` and `decode_expert` wrap the two for stored bits; only `exact` replaces them.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from ders_kernels.cpu_ops import floats
+
+from ..checkpoint.tensor import TensorSpec
+from ..errors import CheckpointError
+
+Parts = dict[str, np.ndarray]
+
+
+class NonFiniteError(Exception):
+    """A delta holds a NaN or an infinity at (row, column); the walk adds the tensor's name."""
+
+    def __init__(self, row: int, column: int):
+        super().__init__(row, column)
+        self.row, self.column = row, column
+
+
+@dataclass(frozen=True)
+class DeltaCodec(ABC):
+    """What every codec offers; see the module's text."""
+
+    name: ClassVar[str]  # in config JSON
+    pattern: ClassVar[re.Pattern[str]]  # one term of --delta
+    lossless: ClassVar[bool] = False
+    whole: ClassVar[frozenset[str]] = frozenset()  # parts that all rows share
+
+    @classmethod
+    @abstractmethod
+    def from_term(cls, match: re.Match[str], group_size: int) -> "DeltaCodec":
+        """The codec that one matched term of --delta asks for. Raises UsageError on a value out of range."""
+
+    @property
+    @abstractmethod
+    def term(self) -> str:
+        """The term of --delta that gives this codec, group size aside."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"codec": self.name, **asdict(self)}
+
+    def block_rows(self, shape: tuple[int, int]) -> int | None:
+        """Rows that must be encoded together, or None: any number."""
+        return None
+
+    @abstractmethod
+    def spec(self, shape: tuple[int, int]) -> dict[str, TensorSpec]: ...
+
+    @abstractmethod
+    def encode(self, delta: np.ndarray, key: int, row: int) -> Parts: ...
+
+    @abstractmethod
+    def decode(self, parts: Parts, shape: tuple[int, int], key: int, row: int) -> np.ndarray: ...
+
+    def encode_expert(self, expert: np.ndarray, base: np.ndarray, dtype: str, key: int, row: int) -> Parts:
+        """Stored bits [rows, in] of an expert and of its base -> parts. Raises NonFiniteError."""
+        delta = floats.delta(expert, base, dtype)
+        bad = floats.first_nonfinite(delta)
+        if bad >= 0:
+            raise NonFiniteError(row + bad // delta.shape[1], bad % delta.shape[1])
+        return self.encode(delta, key, row)
+
+    def decode_expert(self, parts: Parts, base: np.ndarray, dtype: str, key: int, row: int) -> np.ndarray:
+        """Parts and the base's stored bits [rows, in] -> the expert's stored bits: round(base + decoded delta)."""
+        try:
+            return floats.synthesize(base, self.decode(parts, base.shape, key, row), dtype)
+        except ValueError as error:  # packing names the row whose bits contradict themselves
+            raise CheckpointError(str(error)) from None
+
+
+@dataclass(frozen=True)
+class SelectiveCodec(DeltaCodec):
+    """A codec that keeps k entries of every row and stores their values; a chain codes those values further.
+
+    Its parts are those of the positions and `values` [out, k] bf16.
+    """
+
+    @abstractmethod
+    def kept(self, width: int) -> int:
+        """Entries kept in a row of `width`."""
+
+    @abstractmethod
+    def position_spec(self, shape: tuple[int, int]) -> dict[str, TensorSpec]: ...
+
+    @abstractmethod
+    def select(self, delta: np.ndarray, key: int, row: int) -> tuple[Parts, np.ndarray]:
+        """fp32 [rows, in] -> position parts and fp32 [rows, k], already scaled."""
+
+    @abstractmethod
+    def columns(self, parts: Parts, shape: tuple[int, int], key: int, row: int) -> np.ndarray:
+        """int32 [rows, k], ascending."""
+
+    def spec(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        return self.position_spec(shape) | {"values": TensorSpec((shape[0], self.kept(shape[1])), "BF16")}
+
+    def encode(self, delta: np.ndarray, key: int, row: int) -> Parts:
+        parts, values = self.select(delta, key, row)
+        return parts | {"values": floats.narrow(values, "BF16")}
+
+    def decode(self, parts: Parts, shape: tuple[int, int], key: int, row: int) -> np.ndarray:
+        return self.scatter(parts, floats.widen(parts["values"], "BF16"), shape, key, row)
+
+    def scatter(self, parts: Parts, values: np.ndarray, shape: tuple[int, int], key: int, row: int) -> np.ndarray:
+        """fp32 values [rows, k] -> fp32 [rows, in], zeros elsewhere."""
+        out = np.zeros(shape, np.float32)
+        np.put_along_axis(out, self.columns(parts, shape, key, row), values, axis=1)
+        return out
+
+
+def gain(delta: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The gain rule for kept values, row by row: fp32 [rows, in], [rows, k] -> fp32 [rows, 1] = sum(d^2) / sum(kept^2)."""
+    energy = np.einsum("ij,ij->i", delta, delta, dtype=np.float64)
+    held = np.einsum("ij,ij->i", kept, kept, dtype=np.float64)
+    return np.where(held > 0, energy / np.where(held > 0, held, 1), 1).astype(np.float32)[:, None]

@@ -1,0 +1,68 @@
+"""ternaryK: an unbiased sample of the share K of every row, one value and one sign bit each (ders_kernels.cpu_ops.ternary).
+
+At K = .01 about 0.1 bit per weight. The larger an entry, the likelier it is kept, so the sample is far better than a
+random drop of the same share.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from ders_kernels.counter_rng import draw
+from ders_kernels.cpu_ops import ternary
+from ders_kernels.packing import code_bytes, pack_positions, position_bytes, unpack_positions
+
+from ..checkpoint.tensor import TensorSpec
+from ..errors import UsageError
+from .base import DeltaCodec, Parts
+
+
+@dataclass(frozen=True)
+class TernaryCodec(DeltaCodec):
+    """Positions as `low` and `high` (unused slots say column `in`); `negative` [out, bytes] U8, a bit each; `scale` [out, 1] BF16."""
+
+    density: float
+    name: ClassVar[str] = "ternary"
+    pattern: ClassVar[re.Pattern[str]] = re.compile(r"ternary(\d*\.?\d+)")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 0.5:
+            raise UsageError(f"ternary{self.density:g}: expected a share above 0 ... 0.5, such as ternary0.02")
+
+    @classmethod
+    def from_term(cls, match: re.Match[str], group_size: int) -> "TernaryCodec":
+        return cls(float(match[1]))
+
+    @property
+    def term(self) -> str:
+        return f"ternary{self.density:g}"
+
+    def slots(self, width: int) -> int:
+        """Entries that a row of `width` has room for."""
+        return max(1, round(self.density * width))
+
+    def spec(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        rows, n = shape[0], self.slots(shape[1])
+        sizes = position_bytes(n, shape[1], unused=True) | {"negative": code_bytes(n, 1)}
+        return {part: TensorSpec((rows, size), "U8") for part, size in sizes.items()} | {
+            "scale": TensorSpec((rows, 1), "BF16")
+        }
+
+    def encode(self, delta: np.ndarray, key: int, row: int) -> Parts:
+        rows, width = delta.shape
+        columns = np.empty((rows, self.slots(width)), np.int32)
+        negative, scale = np.empty(columns.shape, np.uint8), np.empty((rows, 1), np.uint16)
+        ternary.encode(delta, draw(key, row, rows), columns, negative, scale[:, 0])
+        signs = np.packbits(negative, axis=1, bitorder="little")
+        return pack_positions(columns, width, unused=True) | {"negative": signs, "scale": scale}
+
+    def decode(self, parts: Parts, shape: tuple[int, int], key: int, row: int) -> np.ndarray:
+        columns = unpack_positions({k: v for k, v in parts.items() if k in ("low", "high")}, self.slots(shape[1]), shape[1])
+        negative = np.unpackbits(parts["negative"], axis=1, count=columns.shape[1], bitorder="little")
+        out = np.empty(shape, np.float32)
+        ternary.decode(columns, negative, parts["scale"][:, 0], out)
+        return out
+
+
+CODEC = TernaryCodec

@@ -1,0 +1,215 @@
+"""Two checkpoints' experts side by side: weight, delta and output errors, and what kind of fault a difference is.
+
+A layer is one task. Its gate, up and down matrices are read once, block by block; the same rows go into the error
+sums and, times some hidden states, into the outputs of the FFN
+
+    y = down(act(gate x) * up x)        without gate: down(act(up x));  biases aside
+
+of the expert, of the reference and of the base alone. Output error is |y' - y| relative to |y|, and to |y - y_base|.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from blake3 import blake3
+from ders_kernels.cpu_ops import floats, sums
+
+from .base import MEAN_BYTES, mean
+from .checkpoint.tensor import TensorSpec
+from .describe import errors_of
+from .errors import CheckpointError
+from .layouts import ExpertGroup
+from .source import BLOCK_WEIGHTS, DersSource, Source, row_blocks
+
+
+@dataclass
+class Matched:
+    """One expert matrix in both checkpoints."""
+
+    group: ExpertGroup
+    label: str
+    hash: str  # of the checkpoint under test
+    reference_hash: str
+    errors: dict[str, float]
+    diagnosis: str = ""  # for a difference: what it looks like
+
+
+@dataclass
+class LayerResult:
+    """`output`: label -> {"output", "output_delta"}."""
+
+    name: str
+    matrices: list[Matched] = field(default_factory=list)
+    output: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The groups of one MoE layer, in both checkpoints, by projection."""
+
+    name: str
+    number: int
+    tested: dict[str, ExpertGroup]
+    reference: dict[str, ExpertGroup]
+
+
+def layer_name(group: ExpertGroup) -> str:
+    """model.layers.3.mlp.experts, of model.layers.3.mlp.experts.gate_proj."""
+    return group.name.rpartition(".")[0]
+
+
+def random_states(seed: int, layer: int, tokens: int, width: int) -> np.ndarray:
+    """fp32 [tokens, width], standard normal: what a hidden state looks like behind a norm of weight 1."""
+    key = hashlib.sha256(f"hidden/{seed}/{layer}".encode()).digest()[:16]
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+    return generator.standard_normal((tokens, width), np.float32)
+
+
+def compare_layer(tested: Source, reference: Source, layer: Layer, states: np.ndarray | None, advance: Callable[[int], None]) -> LayerResult:
+    """Compare every expert of one layer. `states` fp32 [tokens, hidden], or None where outputs are not wanted."""
+    result = LayerResult(layer.name)
+    outputs = _Outputs(states, tested.activation) if states is not None and {"up", "down"} <= set(layer.tested) else None
+    for projection in (p for p in ("gate", "up", "down") if p in layer.tested):
+        group, other = layer.tested[projection], layer.reference[projection]
+        result.matrices += _compare_group(tested, reference, group, other, outputs, advance)
+    if outputs is not None:
+        result.output = outputs.errors()
+    return result
+
+
+def _blocks(tested: Source, reference: Source, group: ExpertGroup, other: ExpertGroup) -> Iterator[slice]:
+    """Row blocks that suit both: a lossless stream's own chunks if there is one."""
+    for source, its in ((tested, group), (reference, other)):
+        if isinstance(source, DersSource) and source.codecs[its.name].lossless:
+            return source.blocks(its)
+    row_bytes = TensorSpec((1, group.shape[1]), group.dtype).nbytes * len(other.members)
+    return row_blocks(group.shape, max(1, min(BLOCK_WEIGHTS // max(1, group.shape[1]), MEAN_BYTES // max(1, row_bytes))))
+
+
+def _compare_group(
+    tested: Source, reference: Source, group: ExpertGroup, other: ExpertGroup, outputs: "_Outputs | None", advance: Callable[[int], None]
+) -> list[Matched]:
+    at = {label: i for i, (label, _) in enumerate(other.members)}
+    pairs = [(i, at[label], label) for i, (label, _) in enumerate(group.members) if label in at]
+    own, its = {label: blake3() for *_, label in pairs}, {label: blake3() for *_, label in pairs}
+    totals = {label: np.zeros(len(sums.NAMES)) for *_, label in pairs}
+    worst, zero, first_bad = dict.fromkeys(totals, 0.0), dict.fromkeys(totals, True), {}
+    for rows in _blocks(tested, reference, group, other):
+        held = None
+        if isinstance(tested, DersSource):
+            base = tested.read_base(group, rows)
+        elif isinstance(reference, DersSource):
+            base = reference.read_base(other, rows)
+        else:
+            held = [reference.read(other, j, rows) for j in range(len(other.members))]
+            base = mean(held, other.dtype)
+        wide_base = floats.widen(base, group.dtype)
+        if outputs is not None:
+            outputs.add("base", None, group.projection, rows, wide_base)
+        for i, j, label in pairs:
+            bits = tested.read(group, i, rows)
+            theirs = held[j] if held else reference.read(other, j, rows)
+            own[label].update(bits.reshape(-1).view(np.uint8))
+            its[label].update(theirs.reshape(-1).view(np.uint8))
+            here, there = floats.widen(bits, group.dtype), floats.widen(theirs, other.dtype)
+            bad = floats.first_nonfinite(here)
+            if bad >= 0:
+                first_bad.setdefault(label, (rows.start + bad // here.shape[1], bad % here.shape[1]))
+            zero[label] &= not here.any()
+            block, most = np.empty((here.shape[0], len(sums.NAMES))), np.empty(here.shape[0], np.float32)
+            sums.differences(there, here, wide_base, block, most)
+            totals[label] += block.sum(axis=0)
+            worst[label] = max(worst[label], float(np.nan_to_num(most.max(), nan=math.inf)))
+            if outputs is not None:
+                outputs.add("tested", label, group.projection, rows, here)
+                outputs.add("reference", label, group.projection, rows, there)
+            advance(bits.nbytes)
+    found = []
+    digests = {label: digest.hexdigest() for label, digest in its.items()}
+    for i, j, label in pairs:
+        matched = Matched(group, label, own[label].hexdigest(), digests[label], errors_of(np.nan_to_num(totals[label], nan=math.inf), worst[label]))
+        if matched.hash != matched.reference_hash:
+            matched.diagnosis = _diagnose(tested, reference, group, other, i, j, matched, digests, zero[label], first_bad.get(label))
+        found.append(matched)
+    return found
+
+
+def _diagnose(tested, reference, group, other, i, j, matched: Matched, digests: dict[str, str], zero: bool, bad) -> str:
+    """What a difference looks like."""
+    if bad is not None:
+        return f"NaN or infinity at [{bad[0]}, {bad[1]}]"
+    twin = next((label for label, digest in digests.items() if digest == matched.hash), None)
+    if twin is not None:
+        return f"holds the reference's expert {twin}"
+    if zero:
+        return "is all zeros"
+    if group.shape[0] == group.shape[1] and matched.errors["weight"] > 0.5:
+        if np.array_equal(_whole(tested, group, i), _whole(reference, other, j).T):
+            return "is transposed"
+    return ""
+
+
+def _whole(source: Source, group: ExpertGroup, member: int) -> np.ndarray:
+    return np.concatenate([source.read(group, member, rows) for rows in source.blocks(group)])
+
+
+class _Outputs:
+    """FFN outputs of every expert of a layer, gathered block by block: hidden rows first, then down's rows."""
+
+    def __init__(self, states: np.ndarray, activation: str):
+        self._x, self._activation = states, activation
+        self._hidden: dict[tuple[str, str | None, str], list[np.ndarray]] = {}
+        self._ready: dict[tuple[str, str | None], np.ndarray] = {}
+        self._down: dict[tuple[str, str | None], list[np.ndarray]] = {}
+
+    def add(self, whose: str, label: str | None, projection: str, rows: slice, weight: np.ndarray) -> None:
+        """fp32 weight [rows, in], in ascending order of rows; gate and up before down."""
+        with np.errstate(all="ignore"):
+            if projection != "down":
+                self._hidden.setdefault((whose, label, projection), []).append(self._x @ weight.T)
+                return
+            if (whose, label) not in self._ready:
+                self._ready[whose, label] = self._activate(whose, label)
+            self._down.setdefault((whose, label), []).append(self._ready[whose, label] @ weight.T)
+
+    def _activate(self, whose: str, label: str | None) -> np.ndarray:
+        up = np.concatenate(self._hidden.pop((whose, label, "up")), axis=1)
+        if (whose, label, "gate") not in self._hidden:
+            return activate(up, self._activation)
+        gate = np.concatenate(self._hidden.pop((whose, label, "gate")), axis=1)
+        if self._activation == "gpt_oss":  # clamped, sigmoid of 1.702 gate, and 1 added to up
+            gate, up = np.minimum(gate, 7), np.clip(up, -7, 7) + 1
+            return gate / (1 + np.exp(-1.702 * gate)) * up
+        return activate(gate, self._activation) * up
+
+    def errors(self) -> dict[str, dict[str, float]]:
+        whole = {key: np.concatenate(parts, axis=1).astype(np.float64) for key, parts in self._down.items()}
+        found = {}
+        for label in (label for whose, label in whole if whose == "tested"):
+            y, expected, base = whole["tested", label], whole["reference", label], whole["base", None]
+            error = np.linalg.norm(y - expected)
+            scales = {"output": np.linalg.norm(expected), "output_delta": np.linalg.norm(expected - base)}
+            found[label] = {k: float(f"{_ratio(error, scale):.5e}") for k, scale in scales.items()}
+        return found
+
+
+def _ratio(error: float, scale: float) -> float:
+    if not math.isfinite(error):
+        return math.inf
+    return error / scale if scale > 0 else (0.0 if error == 0 else math.inf)
+
+
+def activate(x: np.ndarray, name: str) -> np.ndarray:
+    """The FFN's activation, fp32, by its name in config.json."""
+    if name in ("silu", "swish"):
+        return x / (1 + np.exp(-x))
+    if name in ("gelu_pytorch_tanh", "gelu_new", "gelu_fast"):
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    if name == "gelu":
+        return (x * 0.5 * (1 + np.vectorize(math.erf, otypes=[np.float32])(x / math.sqrt(2)))).astype(np.float32)
+    if name in ("relu", "relu2"):
+        return np.maximum(x, 0) ** (2 if name == "relu2" else 1)
+    raise CheckpointError(f"config.json: activation {name!r} is not one that verify can compute; use --no-output")

@@ -1,0 +1,91 @@
+"""What compress, decompose, sparsify and quantize have in common: from parsed options to a written report."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .options import default_jobs, parse_bytes
+from .output import Options
+from .report import human_bytes, print_table
+
+SCHEMA = 1
+
+
+def convert_command(
+    command: str, model: Path, output: Path | None, fields: dict[str, Any], recipe_file: str | None, jobs: int | None,
+    max_memory: str | None, max_shard_size: str, dry_run: bool, overwrite: bool, resume: bool, quiet: bool, as_json: bool,
+) -> None:
+    """Plan and run one conversion. `fields`: the recipe's keys that flags gave; None means: not given."""
+    from . import convert
+    from .recipe import load_recipe, make_recipe
+    from .source import open_source
+
+    given = {key: value for key, value in fields.items() if value is not None and value is not False}
+    recipe = load_recipe(recipe_file, given) if recipe_file else make_recipe(given)
+    name = Path(recipe_file).stem if recipe_file and "delta" not in given else recipe.delta
+    out = output or model.absolute().with_name(f"{model.absolute().name}-ders-{name.replace(':', 'of')}")
+    options = Options(
+        jobs or default_jobs(), parse_bytes(max_shard_size, "--max-shard-size"),
+        parse_bytes(max_memory, "--max-memory") if max_memory else None, overwrite, resume, quiet,
+    )
+    with open_source(model, recipe.shared) as source:
+        conversion = convert.prepare(source, recipe, out, options)
+        document: dict[str, Any] = {"schema": SCHEMA, "command": command, "output": str(out), "dry_run": dry_run}
+        document["plan"] = conversion.totals()
+        if not dry_run:
+            manifest = convert.run(conversion)
+            document |= {"recipe": manifest["recipe"], "bytes": manifest["bytes"], "errors": _worst_errors(manifest)}
+            document["output_bytes"] = sum(path.stat().st_size for path in out.iterdir())
+    if as_json:
+        print(json.dumps(document, indent=1))
+    elif dry_run:
+        _print_plan(document)
+    elif not quiet:
+        _print_summary(document)
+    else:
+        print(out)
+
+
+def _worst_errors(manifest: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Per projection the mean and the worst relative error, over all experts and layers."""
+    found: dict[str, dict[str, float]] = {}
+    for projection in dict.fromkeys(entry["projection"] for entry in manifest["groups"]):
+        errors = [m["error"] for e in manifest["groups"] if e["projection"] == projection for m in e["members"]]
+        weight = [error["weight"] for error in errors]
+        found[projection] = {
+            "weight_mean": sum(weight) / len(weight), "weight_worst": max(weight),
+            "delta_worst": max(error["delta"] for error in errors), "max_abs": max(error["max_abs"] for error in errors),
+        }
+    return found
+
+
+def _print_plan(document: dict[str, Any]) -> None:
+    plan = document["plan"]
+    bound = "" if plan["exact"] else "at most "
+    print(f"would write {document['output']}")
+    print(f"  in      {plan['source_bytes']:>16,} bytes, of which experts {plan['expert_bytes']:,}")
+    print(f"  out     {bound}{plan['output_bytes']:>16,} bytes in {plan['shards']} weight file(s), ders.json and all others included")
+    if not plan["exact"]:
+        print("          (an exact stream's size is known only after encoding)")
+    print(f"  memory  about {human_bytes(plan['peak_memory_bytes'])} above an idle process")
+
+
+def _print_summary(document: dict[str, Any]) -> None:
+    size, source, kept = document["bytes"], document["plan"]["source_bytes"], document["output_bytes"]
+    stored = size["base"] + size["delta"]
+    print(document["output"])
+    rows = [
+        ["whole folder", human_bytes(source), human_bytes(kept), f"{kept / source:.1%}"],
+        ["experts", human_bytes(size["experts"]), human_bytes(stored), f"{stored / size['experts']:.1%}"],
+        ["  base", "", human_bytes(size["base"]), ""],
+        ["  deltas", "", human_bytes(size["delta"]), f"{size['bits_per_delta_weight']:.3f} bits/weight"],
+    ]
+    print_table("", ["", "before", "after", "share"], rows)
+    errors = document["errors"]
+    if all(error["weight_worst"] == 0 for error in errors.values()):
+        print("Exact: every expert restores byte for byte (proof: ders verify).")
+        if stored >= 0.98 * size["experts"]:
+            print("These experts share too little: this saves next to nothing. Keep the original.")
+        return
+    rows = [[name, f"{e['weight_mean']:.2e}", f"{e['weight_worst']:.2e}", f"{e['max_abs']:.2e}"] for name, e in errors.items()]
+    print_table("relative weight error", ["projection", "mean", "worst", "largest abs"], rows)

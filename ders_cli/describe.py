@@ -1,0 +1,142 @@
+"""ders.json of a conversion: the recipe in effect, the source's own form, and for every group its codec and errors.
+
+docs/format.md has the fields. Built twice: once from placeholders, to know its size beforehand, once from results.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+from ders_kernels.cpu_ops import sums
+
+from . import __version__
+from .checkpoint.manifest import FORMAT, index_text, planned_bytes
+from .checkpoint.reader import INDEX
+from .checkpoint.tensor import TensorSpec
+from .checkpoint.writer import header_text
+from .output import carry
+from .plan import Plan, ShardPlan, Unit
+from .recipe import Recipe
+from .source import DersSource, PlainSource, Source
+
+BLANK = "0" * 64
+MOST = 10**15  # a number of bytes at its widest
+WIDEST = -1.23456e-100
+
+
+def describe(source: Source, recipe: Recipe, plan: Plan, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """ders.json, but for its checksum."""
+    streams = [r["sizes"][name] for r, shard in zip(results, plan.shards, strict=True) for name in shard.appended]
+    base = sum(TensorSpec(u.group.shape, u.group.dtype).nbytes for u in plan.units)
+    deltas = sum(spec.nbytes for u in plan.units for spec in u.parts.values() if spec) - base + sum(streams)
+    weights = sum(u.group.shape[0] * u.group.shape[1] * len(u.group.members) for u in plan.units)
+    return {
+        "format": FORMAT,
+        "tool": f"ders-cli {__version__}",
+        "recipe": recipe.model_dump(mode="json"),
+        "source": describe_source(source),
+        "groups": [entry for result in results for entry in result["groups"]],
+        "guards": [name for shard in plan.shards for name in shard.guards],
+        "tensors": {name: digest for result in results for name, digest in result["hashes"].items()},
+        "files": {path.name: file_hash(path) for path in carry(source.reader.folder)}
+        | {"config.json": blake3(config_text(source)).hexdigest()},
+        "bytes": {
+            "experts": plan.expert_bytes, "base": base, "delta": deltas, "weights": sum(r["bytes"] for r in results),
+            "bits_per_delta_weight": float(f"{8 * deltas / weights:.5e}"),
+        },
+    }
+
+
+def planned_manifest_bytes(source: Source, recipe: Recipe, plan: Plan) -> int:
+    """The size that ders.json will have."""
+    return planned_bytes(describe(source, recipe, plan, [_placeholder(shard) for shard in plan.shards]))
+
+
+def _placeholder(shard: ShardPlan) -> dict[str, Any]:
+    """A shard's result in its widest form."""
+    groups = []
+    for unit in shard.units:
+        n = len(unit.group.members)
+        entry = group_entry(unit, [BLANK] * n, [BLANK] * n, np.ones((n, len(sums.NAMES))), np.ones(n))
+        for member in entry["members"]:
+            member["error"] = dict.fromkeys(member["error"], WIDEST)
+        groups.append(entry)
+    names = (*shard.fixed, *shard.appended)
+    return {"hashes": dict.fromkeys(names, BLANK), "groups": groups, "bytes": MOST, "sizes": dict.fromkeys(shard.appended, MOST)}
+
+
+def group_entry(unit: Unit, came: list[str], restored: list[str], totals: np.ndarray, worst: np.ndarray) -> dict[str, Any]:
+    """One group: where its experts came from, their hashes, and what the codec changed."""
+    group = unit.group
+    members = [
+        {
+            "label": label, "tensor": view.tensor, "offset": view.offset, "strides": [view.row_stride, view.column_stride],
+            "source_hash": came[i], "restored_hash": restored[i], "error": errors_of(totals[i], float(worst[i])),
+        }
+        for i, (label, view) in enumerate(group.members)
+    ]
+    return {
+        "name": group.name, "layer": group.layer, "projection": group.projection, "shape": list(group.shape),
+        "dtype": group.dtype, "codec": unit.codec.config, "members": members,
+    }
+
+
+def errors_of(total: np.ndarray, worst: float) -> dict[str, float]:
+    """The sums of ders_kernels.cpu_ops.sums -> errors, to six digits.
+
+    weight, delta: |W' - W| relative to |W| and to |D|; max_abs; cosine of W' and W; kept: <D', D> / |D|^2, what is left
+    of the delta's size (1: all of it).
+    """
+    weight, delta, error, kept, cross, coded = (float(x) for x in total)
+
+    def ratio(a: float, b: float, empty: float) -> float:
+        return a / b if b > 0 else (empty if a == 0 else math.inf)
+
+    found = {
+        "weight": math.sqrt(ratio(error, weight, 0)), "delta": math.sqrt(ratio(error, delta, 0)), "max_abs": worst,
+        "cosine": ratio(cross, math.sqrt(weight * coded), 1), "kept": ratio(kept, delta, 1),
+    }
+    return {name: float(f"{value:.5e}") for name, value in found.items()}
+
+
+def describe_source(source: Source) -> dict[str, Any]:
+    """What `restore` needs to write the source's own files again, byte for byte."""
+    if isinstance(source, DersSource):
+        return source.manifest["source"]
+    assert isinstance(source, PlainSource)
+    reader, files = source.reader, {}
+    for file, header in reader.headers.items():
+        listed = [[name, spec.dtype, list(spec.shape)] for name, spec in header.tensors.items()]
+        files[file] = {"tensors": listed, "metadata": header.metadata}
+        if header_text(header.tensors, header.metadata) != header.text:
+            files[file]["header"] = header.text.decode()
+    index = None
+    if reader.index:
+        metadata = reader.index.get("metadata") or {}
+        text = (reader.folder / INDEX).read_bytes()
+        index = {"metadata": metadata}
+        if text != index_text({name: place.file for name, place in reader.places.items()}, metadata):
+            index["text"] = text.decode()
+    return {
+        "layout": source.layout.name, "activation": source.activation, "aliases": source.aliases, "files": files,
+        "index": index, "config": (reader.folder / "config.json").read_bytes().decode(),
+    }
+
+
+def config_text(source: Source) -> bytes:
+    """The source's config.json with `quantization_config` added."""
+    config = {key: value for key, value in source.reader.config.items() if key != "quantization_config"}
+    config["quantization_config"] = {"quant_method": "ders", "format": FORMAT}
+    return (json.dumps(config, indent=2) + "\n").encode()
+
+
+def file_hash(path: Path) -> str:
+    """BLAKE3 of a file, read in pieces."""
+    digest = blake3()
+    with path.open("rb") as file:
+        while data := file.read(4 << 20):
+            digest.update(data)
+    return digest.hexdigest()

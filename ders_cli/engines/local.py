@@ -1,0 +1,29 @@
+"""The local engine: threads in one process. Kernels, pread and pwrite release the interpreter lock."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+from threadpoolctl import threadpool_limits
+
+Result = TypeVar("Result")
+
+
+def run(tasks: Sequence[Callable[[], Result]], jobs: int) -> list[Result]:
+    """Run every task, `jobs` at a time; results in the tasks' order. The first error stops the rest and is raised.
+
+    BLAS stays at one thread: its sums would otherwise depend on how many it has.
+    """
+    with threadpool_limits(1, "blas"):
+        if jobs == 1:
+            return [task() for task in tasks]
+        pool = ThreadPoolExecutor(jobs)
+        try:
+            futures = [pool.submit(task) for task in tasks]
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in futures:  # in order, so that the same fault gives the same message
+                if future in done and future.exception():
+                    raise future.exception()
+            return [future.result() for future in futures]
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

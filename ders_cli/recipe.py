@@ -1,0 +1,143 @@
+"""A recipe: which base, which codec for which matrices, which seed. Flags and a YAML file make the same object.
+
+    base: mean            # mean | expert:N | a folder with the dense model
+    delta: int4           # the codec where no rule says otherwise
+    group_size: 128
+    seed: 0
+    shared: false         # true: a shared expert joins the group
+    rules:                # the first that matches a matrix decides
+      - layers: 0-3,31    # all | even | odd | numbers and ranges
+        projections: [down]
+        delta: int8
+"""
+
+import difflib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .codecs import DeltaCodec, parse_codec
+from .errors import UsageError
+from .layouts import ExpertGroup
+
+MAX_RECIPE_BYTES = 1_000_000
+
+
+class Rule(BaseModel):
+    """A codec for some layers and projections."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    delta: str
+    layers: str | int = "all"
+    projections: tuple[Literal["gate", "up", "down"], ...] = Field(("gate", "up", "down"), strict=False)
+    group_size: int | None = None
+
+    def matches(self, group: ExpertGroup) -> bool:
+        return group.projection in self.projections and _in_layers(group.layer, str(self.layers))
+
+
+class Recipe(BaseModel):
+    """What a conversion does; see the module's text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    delta: str
+    base: str = "mean"
+    group_size: int = 128
+    seed: int = Field(0, ge=0, lt=2**63)
+    shared: bool = False
+    rules: tuple[Rule, ...] = Field((), strict=False)
+
+    def codec(self, group: ExpertGroup) -> DeltaCodec:
+        """The codec of one group. Raises UsageError on a term that is no codec."""
+        for rule in self.rules:
+            if rule.matches(group):
+                return parse_codec(rule.delta, rule.group_size or self.group_size)
+        return parse_codec(self.delta, self.group_size)
+
+    def check(self) -> None:
+        """Raise UsageError for anything that would only show on the way."""
+        parse_codec(self.delta, self.group_size)
+        for rule in self.rules:
+            parse_codec(rule.delta, rule.group_size or self.group_size)
+            _layer_set(str(rule.layers))
+        if self.base.startswith("expert:") and not self.base[7:].isdigit():
+            raise UsageError(f"base {self.base!r}: expected expert:N with a number, such as expert:0")
+
+
+def _in_layers(layer: int, text: str) -> bool:
+    chosen = _layer_set(text)
+    return chosen(layer) if callable(chosen) else layer in chosen
+
+
+@lru_cache
+def _layer_set(text: str) -> Any:
+    """`all`, `even`, `odd` as a test; otherwise the set of numbers that ranges such as 0-3,31 name."""
+    tests = {"all": lambda n: True, "even": lambda n: n % 2 == 0, "odd": lambda n: n % 2 == 1}
+    if text in tests:
+        return tests[text]
+    chosen: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or not (last or first).isdigit() or int(last or first) > 10_000:
+            raise UsageError(f"layers {text!r}: expected all, even, odd or numbers and ranges such as 0-3,31")
+        chosen |= set(range(int(first), int(last or first) + 1))
+    return frozenset(chosen)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The published recipes by name: beside the package when installed, at the top of a checkout otherwise."""
+    for folder in (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes"):
+        if folder.is_dir():
+            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {}
+
+
+def load_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
+    """A recipe file, or a published recipe's name, with the flags that were given put on top."""
+    path = Path(name)
+    if not path.suffix and name in (shipped := shipped_recipes()):
+        path = shipped[name]
+    try:
+        if path.stat().st_size > MAX_RECIPE_BYTES:
+            raise UsageError(f"recipe {name}: {path.stat().st_size} bytes; expected at most {MAX_RECIPE_BYTES}")
+        text = path.read_text()
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise UsageError(f"recipe {name}: YAML aliases (*name) are not taken; write the value out")
+        fields = yaml.safe_load(text)
+    except (FileNotFoundError, IsADirectoryError):
+        known = ", ".join(shipped_recipes())
+        raise UsageError(f"recipe {name}: no such file, and no published recipe of this name ({known})") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"recipe {name}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(fields, dict):
+        raise UsageError(f"recipe {name}: expected keys and values, found {type(fields).__name__}")
+    return make_recipe(fields | overrides, f"recipe {name}")
+
+
+def make_recipe(fields: dict[str, Any], where: str = "options") -> Recipe:
+    """Check the fields; errors name the place, and suggest the key that was meant."""
+    try:
+        recipe = Recipe(**fields)
+    except (ValidationError, TypeError) as error:
+        if isinstance(error, TypeError):
+            raise UsageError(f"{where}: keys must be words") from None
+        raise UsageError(f"{where}, {_first_error(error)}") from None
+    try:
+        recipe.check()
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") if where != "options" else error from None
+    return recipe
+
+
+def _first_error(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    if first["type"] == "extra_forbidden":
+        key, fields = str(first["loc"][-1]), (Rule if "rules" in first["loc"] else Recipe).model_fields
+        near = difflib.get_close_matches(key, fields, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(fields)}"
+        return f"{place.removesuffix(key).rstrip('.') or 'top level'}: unknown key {key!r}; {hint}"
+    return f"{place}: {first['msg'].lower()}, found {first.get('input')!r:.60}"

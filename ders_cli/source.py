@@ -1,0 +1,208 @@
+"""Where experts are read from: a plain MoE checkpoint, or a DeRS one that synthesises them as they are asked for.
+
+Both give the same groups and the same bits, so converting, restoring and verifying need not know which it is.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ders_kernels.counter_rng import make_key
+
+from .checkpoint.manifest import is_ders, read_manifest
+from .checkpoint.reader import CheckpointReader, read_view
+from .checkpoint.tensor import STORAGE, TensorSpec
+from .codecs import DeltaCodec, codec_from_config
+from .codecs.base import Parts
+from .errors import CheckpointError, UsageError
+from .layouts import ExpertGroup, MatrixView, find_layout
+
+# Rows are handled in blocks of about this many weights of one expert: 1 MB of fp32, which a core's cache holds.
+BLOCK_WEIGHTS = 1 << 18
+
+
+class Source(ABC):
+    """A checkpoint as groups of experts and tensors that are copied."""
+
+    reader: CheckpointReader
+    groups: tuple[ExpertGroup, ...]
+    copied: dict[str, TensorSpec]  # tensors that are no experts, natural order of the file
+    aliases: dict[str, str]  # their canonical names, where these differ
+    activation: str
+
+    @abstractmethod
+    def read(self, group: ExpertGroup, member: int, rows: slice) -> np.ndarray:
+        """Stored bits [rows, in] of one expert."""
+
+    def blocks(self, group: ExpertGroup) -> Iterator[slice]:
+        """Row blocks in which this source reads a group well."""
+        return row_blocks(group.shape, max(1, BLOCK_WEIGHTS // max(1, group.shape[1])))
+
+    def close(self) -> None:
+        self.reader.close()
+
+    def __enter__(self) -> "Source":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def row_blocks(shape: tuple[int, int], step: int) -> Iterator[slice]:
+    """0..out in steps."""
+    for begin in range(0, shape[0], step):
+        yield slice(begin, min(shape[0], begin + step))
+
+
+class PlainSource(Source):
+    """Experts as the file keeps them."""
+
+    def __init__(self, folder: Path, shared: bool = False):
+        self.reader = CheckpointReader(folder)
+        try:
+            layout = find_layout(self.reader.tensors, self.reader.config, include_shared=shared)
+        except BaseException:
+            self.reader.close()
+            raise
+        self.layout, self.groups, self.activation = layout, layout.groups, layout.activation
+        experts = {view.tensor for group in self.groups for _, view in group.members}
+        self.copied = {name: spec for name, spec in self.reader.tensors.items() if name not in experts}
+        self.aliases = dict(layout.aliases)
+
+    def read(self, group: ExpertGroup, member: int, rows: slice) -> np.ndarray:
+        view = group.members[member][1]
+        return read_view(self.reader, view.tensor, view.offset, (view.row_stride, view.column_stride), view.shape, rows)
+
+
+class DersSource(Source):
+    """Experts as base + delta, from a DeRS checkpoint."""
+
+    def __init__(self, folder: Path):
+        self.reader = CheckpointReader(folder)
+        try:
+            self.manifest = read_manifest(folder)
+            self.groups, self.codecs = _groups_of(self.manifest)
+            self._entries = {entry["name"]: entry for entry in self.manifest["groups"]}
+            self._check_structure()
+        except BaseException:
+            self.reader.close()
+            raise
+        self.activation = self.manifest["source"]["activation"]
+        own = {name for group in self.groups for name in self.part_specs(group)} | set(self.manifest["guards"])
+        self.copied = {name: spec for name, spec in self.reader.tensors.items() if name not in own}
+        self.aliases = self.manifest["source"]["aliases"]
+        self.seed = self.manifest["recipe"]["seed"]
+
+    @property
+    def lossless(self) -> bool:
+        return all(codec.lossless for codec in self.codecs.values())
+
+    def entry(self, group: ExpertGroup) -> dict[str, Any]:
+        """What ders.json says of a group."""
+        return self._entries[group.name]
+
+    def part_specs(self, group: ExpertGroup) -> dict[str, TensorSpec]:
+        """Every tensor that stands for a group: its base and its parts; a stream's size is what the file says."""
+        specs = stored_parts(group, self.codecs[group.name])
+        for name in [name for name, spec in specs.items() if spec is None]:
+            found = self.reader.tensors.get(name)
+            specs[name] = TensorSpec((found.size,), "U8") if found else TensorSpec((0,), "U8")
+        return specs
+
+    def _check_structure(self) -> None:
+        expected = {name: spec for group in self.groups for name, spec in self.part_specs(group).items()}
+        for name, spec in expected.items():
+            found = self.reader.tensors.get(name)
+            if found is None:
+                raise CheckpointError(f"{name}: missing; ders.json says {spec.dtype} {list(spec.shape)}. Is the checkpoint complete?")
+            if found != spec:
+                raise CheckpointError(
+                    f"{name}: expected {spec.dtype} {list(spec.shape)} from ders.json, found {found.dtype} {list(found.shape)}"
+                )
+        for name in self.manifest["tensors"]:
+            if name not in self.reader.tensors:
+                raise CheckpointError(f"{name}: missing; ders.json lists it. Is the checkpoint complete?")
+        for name in self.reader.tensors:
+            if name not in self.manifest["tensors"]:
+                raise CheckpointError(f"{name}: stands in {self.reader.places[name].file} but not in ders.json")
+
+    def blocks(self, group: ExpertGroup) -> Iterator[slice]:
+        codec = self.codecs[group.name]
+        together = codec.block_rows(group.shape) if codec.lossless else None  # a lossless stream decodes chunk by chunk
+        return row_blocks(group.shape, together or max(1, BLOCK_WEIGHTS // max(1, group.shape[1])))
+
+    def read_base(self, group: ExpertGroup, rows: slice) -> np.ndarray:
+        return self.reader.read(f"{group.name}.base", rows)
+
+    def read(self, group: ExpertGroup, member: int, rows: slice) -> np.ndarray:
+        codec, base = self.codecs[group.name], self.read_base(group, rows)
+        label = group.members[member][0]
+        try:
+            parts = self._parts(group, codec, member, rows)
+            return codec.decode_expert(parts, base, group.dtype, make_key(self.seed, group.name, label), rows.start)
+        except CheckpointError as error:
+            raise CheckpointError(f"{group.name}, expert {label}: {error}") from None
+
+    def _parts(self, group: ExpertGroup, codec: DeltaCodec, member: int, rows: slice) -> Parts:
+        """One expert's parts for some rows. A stream is cut to the chunk that the rows are."""
+        parts: Parts = {}
+        for part, spec in codec.spec(group.shape).items():
+            if spec is None:
+                continue
+            name, experts = f"{group.name}.delta.{part}", len(group.members)
+            whole = part in codec.whole
+            first, count = (0, spec.shape[0]) if whole else (rows.start, rows.stop - rows.start)
+            if codec.lossless:  # extents: one entry per chunk of rows, not per row
+                first, count = rows.start // codec.block_rows(group.shape), 1
+            flat = TensorSpec((experts * spec.shape[0], *spec.shape[1:]), spec.dtype)
+            parts[part] = _read_flat(self.reader, name, flat, member * spec.shape[0] + first, count)
+        if codec.lossless:
+            begin, end = (int(n) for n in parts.pop("extents")[0])
+            stream = f"{group.name}.delta.stream"
+            if not 0 <= begin <= end <= self.reader.tensors[stream].nbytes:
+                raise CheckpointError(f"extents {begin}..{end} lie outside a stream of {self.reader.tensors[stream].nbytes} bytes")
+            parts["stream"] = self.reader.read(stream, slice(begin, end))
+        return parts
+
+
+def _read_flat(reader: CheckpointReader, name: str, flat: TensorSpec, first: int, count: int) -> np.ndarray:
+    """Rows of a tensor whose two leading axes are taken as one."""
+    out = np.empty((count, *flat.shape[1:]), STORAGE[flat.dtype])
+    reader.read_bytes(name, first * (flat.nbytes // max(1, flat.shape[0])), out)
+    return out
+
+
+def stored_parts(group: ExpertGroup, codec: DeltaCodec) -> dict[str, TensorSpec | None]:
+    """Names and specs on disk of what stands for a group; None: as long as its encoding turns out."""
+    parts: dict[str, TensorSpec | None] = {f"{group.name}.base": TensorSpec(group.shape, group.dtype)}
+    for part, spec in codec.spec(group.shape).items():
+        on_disk = spec and TensorSpec((len(group.members), *spec.shape), spec.dtype)
+        parts[f"{group.name}.delta.{part}"] = on_disk
+    return parts
+
+
+def _groups_of(manifest: dict[str, Any]) -> tuple[tuple[ExpertGroup, ...], dict[str, DeltaCodec]]:
+    """Groups and codecs as ders.json lists them."""
+    groups, codecs = [], {}
+    try:
+        for entry in manifest["groups"]:
+            name = entry["name"]
+            shape = (int(entry["shape"][0]), int(entry["shape"][1]))
+            members = tuple(
+                (m["label"], MatrixView(m["tensor"], shape, m["offset"], m["strides"][0], m["strides"][1]))
+                for m in entry["members"]
+            )
+            groups.append(ExpertGroup(name, entry["layer"], entry["projection"], entry["dtype"], members))
+            codecs[name] = codec_from_config(entry["codec"])
+        return tuple(groups), codecs
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise CheckpointError(f"ders.json: groups are not as docs/format.md says: {error!r:.120}") from None
+
+
+def open_source(folder: Path, shared: bool = False) -> Source:
+    """A DeRS checkpoint if ders.json is there, otherwise a plain MoE."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder")
+    return DersSource(folder) if is_ders(folder) else PlainSource(folder, shared)

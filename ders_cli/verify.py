@@ -1,0 +1,279 @@
+"""Proof of a conversion, anybody's: of a DeRS checkpoint by itself, or of any two MoE checkpoints against each other.
+
+Alone, a DeRS checkpoint is intact if every tensor and file has its hash in ders.json, and every expert still decodes
+to the bits noted at conversion: with the exact codec, to the original's. A plain checkpoint alone is read through:
+all experts there, none with a NaN or an infinity, none all zero.
+
+Against a reference, experts are matched by layer, projection and number, in whatever form the files keep them. They
+must be equal bit for bit, unless a bound is given, or the tested one is a lossy DeRS conversion of just this
+reference: then the errors must be those noted at conversion. All other tensors must be equal.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+from ders_kernels.cpu_ops import floats
+
+from .checkpoint.reader import read_header
+from .checkpoint.tensor import FLOATS, STORAGE, TensorSpec
+from .compare import Layer, LayerResult, Matched, compare_layer, layer_name, random_states
+from .describe import file_hash
+from .engines import local
+from .errors import CheckpointError, UsageError
+from .layouts import ExpertGroup
+from .report import Progress, shown
+from .source import DersSource, Source
+
+SCHEMA = 1
+NOTED = 1e-3  # relative: errors noted at conversion have six digits, and their sums another order
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a difference may be; None: not asked for."""
+
+    error: float | None = None  # relative Frobenius error of a weight matrix
+    output_error: float | None = None
+    cosine: float | None = None
+
+    @property
+    def given(self) -> bool:
+        return (self.error, self.output_error, self.cosine) != (None, None, None)
+
+
+@dataclass
+class Report:
+    """Everything found. `findings`: {"where", "problem"}; `checks`: where -> problem or "" for JUnit."""
+
+    source: str
+    against: str | None
+    findings: list[dict[str, str]] = field(default_factory=list)
+    checks: dict[str, str] = field(default_factory=dict)
+    experts: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, where: str, problem: str = "") -> None:
+        """Note a check that was made, and its problem if it has one."""
+        if problem:
+            self.findings.append({"where": where, "problem": problem})
+        self.checks[where] = "; ".join(filter(None, (self.checks.get(where, ""), problem)))
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA, "command": "verify", "source": self.source, "against": self.against,
+            "ok": not self.findings, "checks": len(self.checks), "findings": self.findings, "experts": self.experts,
+        }
+
+
+def verify(
+    tested: Source, reference: Source | None, bounds: Bounds, hidden: Path | None, outputs: bool, tokens: int, seed: int,
+    jobs: int, quiet: bool,
+) -> Report:
+    """Check `tested` by itself and, if given, against `reference`."""
+    report = Report(str(tested.reader.folder), str(reference.reader.folder) if reference else None)
+    expert_bytes = sum(TensorSpec(g.shape, g.dtype).nbytes * len(g.members) for g in tested.groups)
+    with shown(f"verifying {tested.reader.folder.name}", expert_bytes * (2 if reference else 1), quiet) as progress:
+        if isinstance(tested, DersSource):
+            _intact(tested, report, jobs, progress)
+        elif reference is None:
+            _readable(tested, report, jobs, progress)
+        if reference is not None:
+            states = _states(hidden) if hidden else None
+            layers = _match(tested, reference, report)
+            tasks = [
+                partial(compare_layer, tested, reference, layer,
+                        _states_of(layer, states, seed, tokens) if outputs else None, progress.advance)
+                for layer in layers
+            ]
+            for result in local.run(tasks, jobs):
+                _judge(tested, result, bounds, report)
+            _compare_others(tested, reference, report)
+    return report
+
+
+# --- a checkpoint by itself
+
+
+def _intact(source: DersSource, report: Report, jobs: int, progress: Progress) -> None:
+    folder, manifest = source.reader.folder, source.manifest
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            report.add(name, "missing; ders.json lists it")
+        else:
+            report.add(name, "" if file_hash(path) == expected else "changed: it does not have its hash in ders.json")
+    digests = local.run([partial(_tensor_hash, source, name) for name in source.reader.tensors], jobs)
+    for name, digest in zip(source.reader.tensors, digests, strict=True):
+        place = source.reader.places[name].file
+        report.add(name, "" if digest == manifest["tensors"][name] else f"damaged: its bytes in {place} do not have their hash in ders.json")
+    for problems in local.run([partial(_decodes, source, group, progress) for group in source.groups], jobs):
+        for where, problem in problems:
+            report.add(where, problem)
+
+
+def _tensor_hash(source: Source, name: str) -> str:
+    digest = blake3()
+    for chunk in source.reader.chunks(name):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _decodes(source: DersSource, group: ExpertGroup, progress: Progress) -> list[tuple[str, str]]:
+    """(where, problem or "") for every expert of a group."""
+    found = []
+    for i, (label, _) in enumerate(group.members):
+        digest, problem = blake3(), ""
+        try:
+            for rows in source.blocks(group):
+                bits = source.read(group, i, rows)
+                digest.update(bits.reshape(-1).view(np.uint8))
+                progress.advance(bits.nbytes)
+            if digest.hexdigest() != source.entry(group)["members"][i]["restored_hash"]:
+                problem = "does not decode to the bits noted at conversion"
+        except CheckpointError as error:
+            problem = f"does not decode: {error}"
+        found.append((f"{group.name}, expert {label}", problem))
+    return found
+
+
+def _readable(source: Source, report: Report, jobs: int, progress: Progress) -> None:
+    for problems in local.run([partial(_finite, source, group, progress) for group in source.groups], jobs):
+        for where, problem in problems:
+            report.add(where, problem)
+
+
+def _finite(source: Source, group: ExpertGroup, progress: Progress) -> list[tuple[str, str]]:
+    found = []
+    for i, (label, view) in enumerate(group.members):
+        problem, zero = "", True
+        for rows in source.blocks(group):
+            values = floats.widen(source.read(group, i, rows), group.dtype)
+            zero &= not values.any()
+            bad = floats.first_nonfinite(values)
+            if bad >= 0 and not problem:
+                row, column = rows.start + bad // group.shape[1], bad % group.shape[1]
+                problem = f"{values.flat[bad]} at [{row}, {column}] ({view.tensor})"
+            progress.advance(values.nbytes // 2)
+        found.append((f"{group.name}, expert {label}", problem or (f"is all zeros ({view.tensor})" if zero else "")))
+    return found
+
+
+# --- two checkpoints
+
+
+def _match(tested: Source, reference: Source, report: Report) -> list[Layer]:
+    """Layers that both have in equal shapes; what only one has is a finding."""
+    theirs = {group.name: group for group in reference.groups}
+    matched: dict[str, list[tuple[ExpertGroup, ExpertGroup]]] = defaultdict(list)
+    for group in tested.groups:
+        other = theirs.pop(group.name, None)
+        if other is None:
+            report.add(group.name, "not in the reference")
+            continue
+        mine, others = [label for label, _ in group.members], [label for label, _ in other.members]
+        for label in sorted(set(mine) ^ set(others)):
+            report.add(f"{group.name}, expert {label}", "missing" if label in others else "not in the reference")
+        if group.shape != other.shape:
+            hint = "; is it transposed?" if group.shape == other.shape[::-1] else ""
+            report.add(group.name, f"expected {list(other.shape)}, found {list(group.shape)}{hint}")
+        elif group.dtype != other.dtype:
+            report.add(group.name, f"expected dtype {other.dtype}, found {group.dtype}")
+        else:
+            matched[layer_name(group)].append((group, other))
+    for name in theirs:
+        report.add(name, "missing: only the reference has these experts")
+    return [
+        Layer(name, pairs[0][0].layer, {g.projection: g for g, _ in pairs}, {o.projection: o for _, o in pairs})
+        for name, pairs in matched.items()
+    ]
+
+
+def _judge(tested: Source, result: LayerResult, bounds: Bounds, report: Report) -> None:
+    for matched in result.matrices:
+        output = result.output.get(matched.label, {})
+        report.experts.append({
+            "group": matched.group.name, "layer": matched.group.layer, "projection": matched.group.projection,
+            "expert": matched.label, "equal": matched.hash == matched.reference_hash, **matched.errors, **output,
+        })
+        report.add(f"{matched.group.name}, expert {matched.label}", _problem(tested, matched, output, bounds))
+
+
+def _problem(tested: Source, matched: Matched, output: dict[str, float], bounds: Bounds) -> str:
+    """Why a difference is one, or ""."""
+    if matched.hash == matched.reference_hash:
+        return ""
+    errors, said = matched.errors, f" ({matched.diagnosis})" if matched.diagnosis else ""
+    view = dict(matched.group.members)[matched.label]
+    noted = _noted(tested, matched)
+    if noted is not None and noted["source_hash"] != matched.reference_hash:
+        return f"was converted from another expert than the reference's{said}; error {errors['weight']:.3g}"
+    if bounds.given:
+        passed = [
+            f"{name} {value:.3g}, bound {bound:g}"
+            for name, value, bound, over in (
+                ("weight error", errors["weight"], bounds.error, bounds.error is not None and not errors["weight"] <= bounds.error),
+                ("output error", output.get("output", 0.0), bounds.output_error,
+                 bounds.output_error is not None and not output.get("output", 0.0) <= bounds.output_error),
+                ("cosine", errors["cosine"], bounds.cosine, bounds.cosine is not None and not errors["cosine"] >= bounds.cosine),
+            ) if over
+        ]
+        return "; ".join(passed) + said if passed else ""
+    if noted is None:
+        return f"{view.tensor}: differs{said}: weight error {errors['weight']:.3g}, largest {errors['max_abs']:.3g}"
+    if abs(errors["weight"] - noted["error"]["weight"]) > NOTED * noted["error"]["weight"]:
+        return f"weight error {errors['weight']:.6g}, noted at conversion {noted['error']['weight']:.6g}{said}"
+    return ""
+
+
+def _noted(tested: Source, matched: Matched) -> dict[str, Any] | None:
+    """What ders.json says of an expert, or None for a plain checkpoint."""
+    if not isinstance(tested, DersSource):
+        return None
+    return next(m for m in tested.entry(matched.group)["members"] if m["label"] == matched.label)
+
+
+def _compare_others(tested: Source, reference: Source, report: Report) -> None:
+    """Router, attention, norms, embeddings, biases: equal bytes under equal canonical names."""
+    mine = {tested.aliases.get(name, name): name for name in tested.copied}
+    theirs = {reference.aliases.get(name, name): name for name in reference.copied}
+    for name in sorted(mine.keys() | theirs.keys()):
+        if name not in mine or name not in theirs:
+            report.add(name, "missing" if name in theirs else "not in the reference")
+            continue
+        here, there = tested.copied[mine[name]], reference.copied[theirs[name]]
+        if here != there:
+            report.add(name, f"expected {there.dtype} {list(there.shape)}, found {here.dtype} {list(here.shape)}")
+        else:
+            report.add(name, "" if _tensor_hash(tested, mine[name]) == _tensor_hash(reference, theirs[name]) else "differs")
+
+
+# --- hidden states
+
+
+def _states(path: Path) -> dict[str, np.ndarray]:
+    """fp32 tensors of a safetensors file: `hidden_states` [tokens, hidden] for all layers, or `layers.N` for each."""
+    if not path.is_file():
+        raise UsageError(f"--hidden {path}: no such file")
+    header, found = read_header(path), {}
+    for name, spec in header.tensors.items():
+        if spec.dtype not in FLOATS or len(spec.shape) != 2:
+            raise UsageError(f"--hidden {path}: {name}: expected [tokens, hidden] of {', '.join(FLOATS)}, found {spec.dtype} {list(spec.shape)}")
+        bits = np.fromfile(path, STORAGE[spec.dtype], spec.size, offset=header.begins[name])
+        found[name] = floats.widen(bits, spec.dtype).reshape(spec.shape)
+    return found
+
+
+def _states_of(layer: Layer, given: dict[str, np.ndarray] | None, seed: int, tokens: int) -> np.ndarray:
+    width = layer.tested["up" if "up" in layer.tested else next(iter(layer.tested))].shape[1]
+    if given is None:
+        return random_states(seed, layer.number, tokens, width)
+    states = given.get(f"layers.{layer.number}", given.get("hidden_states"))
+    if states is None:
+        raise UsageError(f"--hidden: no tensor layers.{layer.number} and no hidden_states")
+    if states.shape[1] != width:
+        raise UsageError(f"--hidden: layer {layer.number}: expected width {width}, found {list(states.shape)}")
+    return states

@@ -1,0 +1,33 @@
+"""A verify report for a person: findings first, then one table of errors by projection."""
+
+from .report import print_table
+from .verify import Report
+
+SHOWN = 40  # findings printed; --json has them all
+
+
+def print_report(report: Report, quiet: bool) -> None:
+    """One line per finding; the errors' summary unless `quiet`; the verdict last."""
+    for finding in report.findings[:SHOWN]:
+        print(f"{finding['where']}: {finding['problem']}")
+    if len(report.findings) > SHOWN:
+        print(f"... and {len(report.findings) - SHOWN} more (--json lists all)")
+    unequal = [expert for expert in report.experts if not expert["equal"]]
+    if unequal and not quiet:
+        rows = []
+        for projection in dict.fromkeys(expert["projection"] for expert in unequal):
+            here = [expert for expert in unequal if expert["projection"] == projection]
+            rows.append([projection, str(len(here)), *(_worst(here, key) for key in ("max_abs", "weight", "delta", "output", "output_delta")),
+                         f"{min(expert['cosine'] for expert in here):.6f}"])
+        print_table("worst over experts and layers", ["projection", "experts", "max abs", "weight", "delta", "output", "output/delta", "cosine"], rows)
+    against = f" against {report.against}" if report.against else ""
+    if report.findings:
+        print(f"{report.source}{against}: {len(report.findings)} finding(s) in {len(report.checks)} checks")
+    else:
+        equal = f"; {len(report.experts) - len(unequal)} of {len(report.experts)} expert matrices equal bit for bit" if report.experts else ""
+        print(f"{report.source}{against}: all well, {len(report.checks)} checks{equal}")
+
+
+def _worst(experts: list[dict], key: str) -> str:
+    found = [expert[key] for expert in experts if key in expert]
+    return f"{max(found):.2e}" if found else "-"

@@ -1,0 +1,289 @@
+"""Exact experts: a chunk of weights stored bit for bit as its difference from the base, about 1.5 bits per weight.
+
+Fine-tuning in bf16 leaves most weights where the base has them and moves the rest by a few steps of the number format.
+An optimiser's steps are about equally large everywhere, so *counted in steps of the format* they halve with each
+exponent of the base weight. Hence: count the difference in steps, and code it in the context of the base's exponent.
+
+    key(b)   = b if the sign bit of the pattern b is 0, else b with all other bits flipped; read as a signed integer.
+               A bijection that keeps order: -0 is -1, +0 is 0, NaN payloads are integers too. No value needs an escape.
+    value    = zigzag(key(expert) - key(base)), modulo 2^16 (2^32);  zigzag(d) = 2d for d >= 0, -2d - 1 for d < 0
+    token    = value for value < 16, else 16 + 4 * (n - 5) + the two bits under the leading one; n = bit length of value
+    raw bits = the other n - 3 bits of a value >= 16, as they are
+    context  = by the exponent field of the base weight: neighbouring exponents share a table of token frequencies
+
+Tokens are rANS-coded (cpu_ops/rans.py) with 12-bit frequencies. The same machinery without a base serves for experts
+that do not resemble it: there value = zigzag(key(expert)), which is the pattern rotated left by one bit, and the
+token is the expert's exponent field. What does not get smaller is stored.
+
+**Bytes of a chunk of n weights.** Integers are little-endian; s is the width of the mantissa field and e that of the
+exponent field: BF16 s = 7, e = 8; F16 s = 10, e = 5; F32 s = 23, e = 8. n, s, e and the base come from outside.
+
+    u8   mode: 0 stored, 1 difference, 2 no base
+    mode 0: n patterns, u16 (u32 for F32). The end.
+    u8   K: contexts, 1..32; then K times, by ascending exponent:
+        u8   the first exponent of the context; 0 in the first. It reaches to the next one's first exponent
+        u8   first token, u8 last token of the table (below 64; F32 128; mode 2: below 2^e)
+        for each of these tokens its frequency f: one byte f if f < 128, else two, 128 + f // 256 and f % 256
+        the frequencies of a context sum to 4096; token t owns the slots [sum of f below t, + f(t))
+    u32 x 8   rANS states
+    u32  W; u16 x W   words
+    u8 x rest   raw bits in weight order, each value's lowest bit first, from the lowest bit of a byte; the last is
+                filled up with zeros. Mode 2: each value has s + 1 raw bits and is token << (s + 1) | raw bits
+
+Decoding weight i = 0, 1, ... with x = states[i % 8] and the table of its context:
+    t = the token that owns slot x % 4096;  x = f(t) * (x // 4096) + x % 4096 - (first slot of t)
+    if x < 65536: x = x * 65536 + the next word
+At the end each state is 65536, the words are used up, and so are the raw bits but for zeros in the last byte. Eight
+consecutive weights can be decoded at once: those of them that take a word take it in weight order.
+
+**Cost.** 12 contexts and 650 bytes of tables on a [576, 1536] matrix (0.4 % of the chunk), where 1.4-1.7 bits per
+weight are within 0.5 % of the entropy given the exponent. One core of a 2.6 GHz Zen4 server: docs/results.md.
+Equal input gives equal bytes everywhere: all choices are made in integers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .cpu_ops.rans import (
+    DIRECT,
+    LANES,
+    LOWEST_STATE,
+    SLOTS,
+    TOKENS,
+    count_tokens,
+    decode_tokens,
+    encode_tokens,
+    expand,
+    fill_slots,
+    merge_exponents,
+    pack_raw_bits,
+    tokenise,
+    zigzag_difference,
+)
+
+STORED, DIFFERENCE, NO_BASE = 0, 1, 2
+MAX_CONTEXTS = 32
+
+Patterns = NDArray[np.uint16] | NDArray[np.uint32]
+Bytes = NDArray[np.uint8]
+
+
+class CorruptStream(ValueError):
+    """The bytes are no chunk of this format, or not one for this base."""
+
+
+@cache
+def _token_values(mode: int, width: int, shift: int) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    """(smallest value of each token [256], raw bits of each token [256], number of tokens in use)."""
+    tokens = np.arange(TOKENS, dtype=np.int64)
+    if mode == NO_BASE:
+        return tokens << (shift + 1), np.full(TOKENS, shift + 1), 1 << (width - 1 - shift)
+    number = DIRECT + 4 * (width - 4)
+    raw_bits = np.where((tokens >= DIRECT) & (tokens < number), 2 + (tokens - DIRECT) // 4, 0)
+    return np.where(tokens < DIRECT, tokens, (4 + tokens % 4) << raw_bits), raw_bits, number
+
+
+def _check(base: Patterns, shift: int) -> tuple[int, int]:
+    """(width of a pattern in bits, number of exponents)."""
+    width = 8 * base.dtype.itemsize
+    if base.dtype not in (np.uint16, np.uint32) or base.ndim != 1 or base.size == 0 or not width - 9 <= shift < width - 1:
+        raise ValueError(
+            f"expected patterns [n] uint16 or uint32, n >= 1, of at most 8 exponent bits; found {base.dtype} "
+            f"{base.shape} with mantissas of {shift} bits"
+        )
+    return width, 1 << (width - 1 - shift)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """One way to code a chunk: its values and tokens [n], the contexts' first exponents [K], token counts [K, 256]."""
+
+    mode: int
+    values: Patterns
+    tokens: Bytes
+    heads: list[int]
+    counts: NDArray[np.int64]
+    bits: int  # estimate: entropy, tables and raw bits
+
+
+def _make_model(mode: int, expert: Patterns, base: Patterns, shift: int) -> _Model:
+    width, exponents = _check(base, shift)
+    values, tokens = np.empty_like(expert), np.empty(expert.size, np.uint8)
+    if mode == DIFFERENCE:
+        zigzag_difference(expert, base, width - 1, values)
+        tokenise(values, tokens)
+    else:
+        zigzag_difference(expert, np.zeros_like(base), width - 1, values)
+        tokens[:] = values >> (shift + 1)
+    counts = np.zeros((exponents, TOKENS), np.int64)
+    count_tokens(tokens, base, shift, counts)
+    raw_bits = int(counts.sum(axis=0) @ _token_values(mode, width, shift)[1])
+    rows, cost = merge_exponents(counts, MAX_CONTEXTS)
+    heads = [0, *rows[1:].tolist()]
+    return _Model(mode, values, tokens, heads, counts[rows], raw_bits + (cost >> 16))
+
+
+def _frequencies(counts: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Counts [256] -> frequencies [256] of sum 4096, at least 1 where a token occurs; the largest take the rounding."""
+    total = counts.sum()
+    frequency = np.maximum((counts * SLOTS + total // 2) // total, counts > 0)
+    while rest := SLOTS - int(frequency.sum()):
+        largest = frequency.argmax()
+        most = int(frequency[largest]) // 8 + 1
+        frequency[largest] += min(max(rest, -most), most)
+    return frequency.astype(np.int32)
+
+
+def _context_of(heads: Sequence[int], exponents: int) -> NDArray[np.uint32]:
+    """The context of each exponent [exponents], from the contexts' first exponents, of which the first is 0."""
+    return np.searchsorted(heads, np.arange(exponents), side="right").astype(np.uint32) - np.uint32(1)
+
+
+def _table_bytes(head: int, frequency: NDArray[np.int32]) -> bytes:
+    used = np.flatnonzero(frequency)
+    table = bytearray((head, used[0], used[-1]))
+    for f in frequency[used[0] : used[-1] + 1].tolist():
+        table += bytes((f,)) if f < 128 else bytes((128 + f // 256, f % 256))
+    return bytes(table)
+
+
+def _encode_model(model: _Model, base: Patterns, shift: int) -> bytes:
+    width, exponents = _check(base, shift)
+    frequency = np.stack([_frequencies(row) for row in model.counts])
+    start = np.cumsum(frequency, axis=1, dtype=np.int32) - frequency
+    row = _context_of(model.heads, exponents) * np.uint32(TOKENS)
+    words, states = np.empty(base.size, np.uint16), np.empty(LANES, np.uint32)
+    begin = encode_tokens(model.tokens, base, shift, row, frequency.ravel(), start.ravel(), words, states)
+
+    raw_bits = _token_values(model.mode, width, shift)[1]
+    packed = np.empty(int(model.counts.sum(axis=0) @ raw_bits) // 32 + 1, np.uint32)
+    packed_bits = pack_raw_bits(model.values, model.tokens, raw_bits, packed)
+
+    tables = [_table_bytes(head, table) for head, table in zip(model.heads, frequency, strict=True)]
+    return b"".join(
+        (
+            bytes((model.mode, len(tables))),
+            *tables,
+            states.astype("<u4").tobytes(),
+            (words.size - begin).to_bytes(4, "little"),
+            words[begin:].astype("<u2").tobytes(),
+            packed.astype("<u4").tobytes()[: -(-packed_bits // 8)],
+        )
+    )
+
+
+def encode_chunk(expert: Patterns, base: Patterns, exponent_shift: int) -> bytes:
+    """The bytes that decode_chunk turns back into `expert`, given the same base; at most one byte more than `expert`.
+
+    expert, base [n] uint16 (BF16: shift 7, F16: shift 10) or uint32 (F32: shift 23) bit patterns, n >= 1. About 2^20
+    weights make the tables' cost vanish and still fit a cache. Raises ValueError for other arrays.
+    """
+    width, _ = _check(base, exponent_shift)
+    if expert.dtype != base.dtype or expert.shape != base.shape:
+        raise ValueError(f"expected an expert like its base, {base.dtype} {base.shape}; found {expert.dtype} {expert.shape}")
+    model = _make_model(DIFFERENCE, expert, base, exponent_shift)
+    # without a base, sign and mantissa are raw bits: it cannot win below that
+    if model.bits > expert.size * (exponent_shift + 1):
+        model = min(model, _make_model(NO_BASE, expert, base, exponent_shift), key=lambda model: model.bits)
+    if model.bits < 8 * expert.nbytes:
+        chunk = _encode_model(model, base, exponent_shift)
+        if len(chunk) <= expert.nbytes:
+            return chunk
+    return bytes((STORED,)) + expert.astype(f"<u{width // 8}").tobytes()
+
+
+class _Reader:
+    """Bytes taken from the front; CorruptStream where there are too few."""
+
+    def __init__(self, data: bytes):
+        self.data, self.position = data, 0
+
+    def take(self, count: int, what: str) -> bytes:
+        taken = self.data[self.position : self.position + count]
+        if len(taken) < count:
+            raise CorruptStream(f"{what}: expected {count} bytes, found {len(taken)}; the chunk is cut short")
+        self.position += count
+        return taken
+
+    def integers(self, count: int, dtype: str, what: str) -> NDArray[np.uint16] | NDArray[np.uint32]:
+        """[count] in the byte order of this machine."""
+        found = np.frombuffer(self.take(count * np.dtype(dtype).itemsize, what), dtype)
+        return found.astype(found.dtype.newbyteorder("="))
+
+    def frequency(self) -> int:
+        (high,) = self.take(1, "frequency")
+        return high if high < 128 else (high - 128) * 256 + self.take(1, "frequency")[0]
+
+
+def _read_tables(reader: _Reader, exponents: int, number: int) -> tuple[list[int], NDArray[np.int32]]:
+    """(first exponent of each context, frequencies [K, 256])."""
+    (contexts,) = reader.take(1, "number of contexts")
+    if not 1 <= contexts <= MAX_CONTEXTS:
+        raise CorruptStream(f"expected 1 to {MAX_CONTEXTS} contexts, found {contexts}")
+    heads: list[int] = []
+    frequency = np.zeros((contexts, TOKENS), np.int32)
+    for row in frequency:
+        head, first, last = reader.take(3, "table head")
+        if not (heads[-1] < head < exponents if heads else head == 0):
+            raise CorruptStream(f"context {len(heads)}: first exponent {head} out of order")
+        if not first <= last < number:
+            raise CorruptStream(f"context {len(heads)}: expected tokens below {number}, found {first} to {last}")
+        heads.append(head)
+        row[first : last + 1] = [reader.frequency() for _ in range(first, last + 1)]
+        if row.sum() != SLOTS:
+            raise CorruptStream(f"context {len(heads) - 1}: frequencies sum to {row.sum()}, expected {SLOTS}")
+    return heads, frequency
+
+
+def _decode_tokens(reader: _Reader, base: Patterns, shift: int, number: int) -> Bytes:
+    """Tokens [n]: everything up to the raw bits."""
+    _, exponents = _check(base, shift)
+    heads, frequency = _read_tables(reader, exponents, number)
+    slots = np.empty(frequency.shape[0] * SLOTS, np.uint32)
+    fill_slots(frequency, slots)
+    row = _context_of(heads, exponents) * np.uint32(SLOTS)
+
+    states = reader.integers(LANES, "<u4", "states")
+    count = int.from_bytes(reader.take(4, "number of words"), "little")
+    words = np.append(reader.integers(count, "<u2", "words"), np.uint16(0))
+    tokens = np.empty(base.size, np.uint8)
+    used = decode_tokens(words, states, slots, row, base, shift, tokens)
+    if used != count or (states != LOWEST_STATE).any():
+        raise CorruptStream(f"{count} words of tokens do not end as they should; damaged, or of another base")
+    return tokens
+
+
+def _decode_model(reader: _Reader, mode: int, base: Patterns, shift: int) -> Patterns:
+    width, _ = _check(base, shift)
+    first_value, raw_bits, number = _token_values(mode, width, shift)
+    tokens = _decode_tokens(reader, base, shift, number)
+    rest = reader.take(len(reader.data) - reader.position, "raw bits")
+    packed = np.frombuffer(rest + bytes(8 + -len(rest) % 4), "<u4").astype(np.uint32)
+    expert = np.empty_like(base)
+    reference = base if mode == DIFFERENCE else np.zeros_like(base)
+    used = expand(tokens, first_value, raw_bits, packed, reference, width - 1, expert)
+    if -(-used // 8) != len(rest) or (used % 8 and rest[-1] >> used % 8):
+        raise CorruptStream(f"{len(rest)} bytes of raw bits where the tokens ask for {used if used >= 0 else 'more'} bits")
+    return expert
+
+
+def decode_chunk(data: Bytes | bytes, base: Patterns, exponent_shift: int) -> Patterns:
+    """The expert's patterns [n], of base's dtype, from the bytes of encode_chunk and the same base and shift.
+
+    Raises CorruptStream where the bytes are not a whole chunk, or where the tokens do not come out even, as damage to
+    them makes them do. Raw and stored bits carry no check of their own: hash what must be known to be right.
+    """
+    width, _ = _check(base, exponent_shift)
+    reader = _Reader(bytes(data))
+    (mode,) = reader.take(1, "mode")
+    if mode in (DIFFERENCE, NO_BASE):
+        return _decode_model(reader, mode, base, exponent_shift)
+    if mode != STORED:
+        raise CorruptStream(f"expected mode 0, 1 or 2, found {mode}")
+    if len(reader.data) != 1 + base.nbytes:
+        raise CorruptStream(f"expected {base.nbytes} bytes of stored weights, found {len(reader.data) - 1}")
+    return reader.integers(base.size, f"<u{width // 8}", "stored weights")

@@ -1,0 +1,159 @@
+"""Published layouts of small integers and of sets of positions; each row is on its own and starts on a byte.
+
+**Codes** of b bits: code i of a row takes bits i*b ... i*b+b-1 of the row's bytes, lowest bit first. Where a row's
+bits fill whole 32-bit words, the bytes are those of compressed-tensors' `weight_packed` (int32, little-endian).
+
+**Positions**: n columns in ascending order out of 0..m (m itself means "unused" and may repeat), in the smaller of
+  bitmap      m bits, bit c set if column c is in the set                        (only where no slot is unused)
+  Elias-Fano  the low l bits of each column as codes of l bits ("low"), and a bit string ("high") of
+              n + (m >> l) + 1 bits in which bit (column_i >> l) + i is set for the i-th column.
+l is the smallest of those that make n*l + n + (m >> l) + 1 least. The size depends on n and m alone, and is within
+half a bit per position of the least that any code needs (Elias 1974, Fano 1971).
+"""
+
+import numpy as np
+from numba import njit
+
+
+def code_bytes(count: int, bits: int) -> int:
+    """Bytes of one row of `count` codes."""
+    return (count * bits + 7) // 8
+
+
+@njit(nogil=True, cache=True, inline="always")
+def pack_row(codes, bits, out):
+    """uint8 codes [n] -> uint8 bytes [ceil(n*bits/8)]."""
+    n = codes.size
+    if bits == 8:
+        for i in range(n):
+            out[i] = codes[i]
+        return
+    if bits == 4:
+        for i in range(n // 2):
+            out[i] = codes[2 * i] | (codes[2 * i + 1] << 4)
+        if n % 2:
+            out[n // 2] = codes[n - 1]
+        return
+    held, filled, at = np.uint32(0), 0, 0
+    for i in range(n):
+        held |= np.uint32(codes[i]) << np.uint32(filled)
+        filled += bits
+        while filled >= 8:
+            out[at] = np.uint8(held & np.uint32(0xFF))
+            held >>= np.uint32(8)
+            filled -= 8
+            at += 1
+    if filled:
+        out[at] = np.uint8(held)
+
+
+@njit(nogil=True, cache=True, inline="always")
+def unpack_row(packed, bits, codes):
+    """uint8 bytes -> uint8 codes [n]."""
+    n = codes.size
+    if bits == 8:
+        for i in range(n):
+            codes[i] = packed[i]
+        return
+    if bits == 4:
+        for i in range(n // 2):
+            codes[2 * i] = packed[i] & 15
+            codes[2 * i + 1] = packed[i] >> 4
+        if n % 2:
+            codes[n - 1] = packed[n // 2] & 15
+        return
+    held, filled, at = np.uint32(0), 0, 0
+    mask = np.uint32((1 << bits) - 1)
+    for i in range(n):
+        if filled < bits:
+            held |= np.uint32(packed[at]) << np.uint32(filled)
+            filled += 8
+            at += 1
+        codes[i] = np.uint8(held & mask)
+        held >>= np.uint32(bits)
+        filled -= bits
+
+
+def low_bits(n: int, m: int) -> int:
+    """The l of Elias-Fano for n columns in 0..m."""
+    return min(range(m.bit_length() + 1), key=lambda low: (n * low + n + (m >> low) + 1, low))
+
+
+def position_bytes(n: int, m: int, unused: bool) -> dict[str, int]:
+    """Bytes per row of each position part: {"bitmap"} or {"low", "high"} ("low" is left out where it has no bits)."""
+    low = low_bits(n, m)
+    parts = {"low": code_bytes(n, low), "high": code_bytes(n + (m >> low) + 1, 1)}
+    if not unused and (m + 7) // 8 <= sum(parts.values()):
+        return {"bitmap": (m + 7) // 8}
+    return {part: size for part, size in parts.items() if size}
+
+
+@njit(nogil=True, cache=True)
+def _pack_positions(columns, low_count, low, high):
+    for row in range(columns.shape[0]):
+        for i in range(columns.shape[1]):
+            column = columns[row, i]
+            bit = (column >> low_count) + i
+            high[row, bit >> 3] |= np.uint8(1 << (bit & 7))
+            for j in range(low_count):
+                if (column >> j) & 1:
+                    bit = i * low_count + j
+                    low[row, bit >> 3] |= np.uint8(1 << (bit & 7))
+
+
+@njit(nogil=True, cache=True)
+def _unpack_positions(low, high, low_count, m, columns):
+    """-1 if well formed, else the first bad row."""
+    for row in range(columns.shape[0]):
+        i, last = 0, 0
+        for byte in range(high.shape[1]):
+            held = high[row, byte]
+            while held:
+                bit = 0
+                while not (held >> bit) & 1:
+                    bit += 1
+                held &= np.uint8(held - 1)
+                if i == columns.shape[1]:
+                    return row
+                column = (byte * 8 + bit - i) << low_count
+                for j in range(low_count):
+                    at = i * low_count + j
+                    column |= ((low[row, at >> 3] >> (at & 7)) & 1) << j
+                if column > m or column < last:
+                    return row
+                columns[row, i] = last = column
+                i += 1
+        if i != columns.shape[1]:
+            return row
+    return -1
+
+
+def pack_positions(columns: np.ndarray, m: int, unused: bool) -> dict[str, np.ndarray]:
+    """int32 [rows, n], ascending in each row -> uint8 parts [rows, bytes]."""
+    rows, n = columns.shape
+    sizes = position_bytes(n, m, unused)
+    parts = {part: np.zeros((rows, size), np.uint8) for part, size in sizes.items()}
+    if "bitmap" in parts:
+        bits = np.zeros((rows, m), np.uint8)
+        np.put_along_axis(bits, columns, 1, axis=1)
+        return {"bitmap": np.packbits(bits, axis=1, bitorder="little")}
+    _pack_positions(columns, low_bits(n, m), parts.get("low", np.zeros((rows, 0), np.uint8)), parts["high"])
+    return parts
+
+
+def unpack_positions(parts: dict[str, np.ndarray], n: int, m: int) -> np.ndarray:
+    """uint8 parts -> int32 [rows, n]. Raises ValueError naming the row where the bits are no such set."""
+    if "bitmap" in parts:
+        bits = np.unpackbits(parts["bitmap"], axis=1, bitorder="little")
+        counts = bits.sum(axis=1, dtype=np.int64)
+        if (counts != n).any() or bits[:, m:].any():
+            row = int(np.argmax((counts != n) | bits[:, m:].any(axis=1)))
+            raise ValueError(f"row {row}: bitmap has {counts[row]} columns of 0..{m - 1}, expected {n}")
+        return np.nonzero(bits)[1].reshape(-1, n).astype(np.int32)
+    high = parts["high"]
+    columns = np.empty((high.shape[0], n), np.int32)
+    low = parts.get("low", np.zeros((high.shape[0], 0), np.uint8))
+    bad = _unpack_positions(low, high, low_bits(n, m), m, columns)
+    if bad >= 0:
+        raise ValueError(f"row {bad}: positions are not {n} ascending columns of 0..{m}")
+    return columns

@@ -27,7 +27,7 @@ app = typer.Typer(
 
 @app.callback()
 def _global(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
 ) -> None:
     if version:
@@ -46,23 +46,25 @@ def _interrupt(number: int, frame: object) -> None:
 def main() -> None:
     """Entry point of `ders`."""
     signal.signal(signal.SIGTERM, _interrupt)
+    debug = "--debug" in sys.argv[1:]
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         app()
     except DersError as error:
-        _fail(str(error), error.exit_code)
+        _fail(str(error), error.exit_code, debug)
     except KeyboardInterrupt:
-        _fail("interrupted; an unfinished output keeps the name OUT.partial, --resume continues it", 130)
+        _fail("interrupted; an unfinished output keeps the name OUT.partial, --resume continues it", 130, debug)
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        _fail(f"{error.filename or 'output'}: {error.strerror}", 1)
+        _fail(f"{error.filename or 'output'}: {error.strerror}", 1, debug)
     except MemoryError:
-        _fail("out of memory; fewer --jobs need less", 1)
+        _fail("out of memory; fewer --jobs need less", 1, debug)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int, debug: bool) -> None:
     """One line on stderr, one document on stdout for --json, and the exit code."""
-    if "--debug" in sys.argv and sys.exc_info()[1] is not None:
+    if debug:
         import traceback
 
         traceback.print_exc()

@@ -3,7 +3,7 @@
 A row says how a layer's experts may be stored (several forms occur for one architecture: transformers saves one
 matrix per expert and also reads its own stacked tensors, so hub files have either, or both), which projections share a
 tensor, and which are kept transposed. Nothing here is worked out from shapes: an `[E, 64, 64]` tensor can be read two
-ways, and both look right. To support a new architecture, add a row.
+ways, and both look right. (`either_way` is the one exception, and says why.) To support a new architecture, add a row.
 
 Names are relative to the layer (`model.layers.3.` and so on); `{}` in a name stands for the number of an expert.
 """
@@ -28,7 +28,7 @@ class Storage:
     fusion: str | None = None
     transposed: tuple[str, ...] = ()  # the projections kept as [in, out]; the others are [out, in]
     flattened: bool = False
-    either_way: bool = False  # files of both orientations are about; only gate_up and down together tell which
+    either_way: bool = False  # files of both orientations are about; gate_up and down together fit only one
     first: int = 0  # the number of the first routed expert; those below it are shared
 
     def names(self) -> dict[str, str]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from .options import default_jobs, parse_bytes
-from .output import Options
 from .report import human_bytes, print_table
 
 SCHEMA = 1
@@ -17,6 +16,7 @@ def convert_command(
 ) -> None:
     """Plan and run one conversion. `fields`: the recipe's keys that flags gave; None means: not given."""
     from . import convert
+    from .output import Options
     from .recipe import load_recipe, make_recipe
     from .source import open_source
 

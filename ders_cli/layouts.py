@@ -116,6 +116,7 @@ def find_layout(tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], in
     if include_shared and not any(group.members[-1][0] == "shared" for group in groups):
         raise UnsupportedError(f"{guards[0]}: no shared expert beside these experts; take them without one")
 
+    activations = _values(config, rows[0].activation)
     expert_tensors = {view.tensor for group in groups for _, view in group.members}
     canonical = {name: _canonical(rows[0], name) for name in tensors if name not in expert_tensors}
     return Layout(
@@ -123,7 +124,7 @@ def find_layout(tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], in
         groups=tuple(groups),
         guards=tuple(guards),
         aliases={name: other for name, other in canonical.items() if name != other},
-        activation=next(_values(config, rows[0].activation), rows[0].default_activation),
+        activation=next((a for a in activations if isinstance(a, str)), rows[0].default_activation),
     )
 
 
@@ -380,8 +381,9 @@ def _check_like(
     """All experts of a layer are of one dtype and one shape, the down projections turned round."""
     shape, dtype = like.shape[::-1] if projection == "down" else like.shape, tensors[like.tensor].dtype
     if (view.shape, tensors[view.tensor].dtype) != (shape, dtype):
+        kind = "down" if projection == "down" else "gate or up"
         raise error(
-            f"{view.tensor}: expected a {projection} projection {list(shape)} {dtype} to go with {like.tensor}, got "
+            f"{view.tensor}: expected {kind} {list(shape)} {dtype} to go with {like.tensor}, got "
             f"{list(view.shape)} {tensors[view.tensor].dtype}{remedy}"
         )
 

@@ -98,8 +98,9 @@ def assert_views_tile(layout: Layout, tensors: dict[str, torch.Tensor]) -> None:
     seen = defaultdict(list)
     for group in layout.groups:
         for _, view in group.members:
-            places = np.add.outer(np.arange(view.shape[0]) * view.row_stride, np.arange(view.shape[1]) * view.column_stride)
-            seen[view.tensor].append(view.offset + places.ravel())
+            rows, columns = (np.arange(n) for n in view.shape)
+            places = view.offset + np.add.outer(rows * view.row_stride, columns * view.column_stride)
+            seen[view.tensor].append(places.ravel())
     for tensor, places in seen.items():
         assert np.array_equal(np.sort(np.concatenate(places)), np.arange(tensors[tensor].numel())), tensor
 
@@ -201,6 +202,35 @@ def test_the_ffn_through_the_views_is_the_models(tmp_path, name, fused):
 # --- the rows themselves ---
 
 
+@pytest.mark.parametrize("config, activation", [
+    ({"model_type": "qwen3_moe", "hidden_act": "relu"}, "relu"), ({"model_type": "qwen3_moe"}, "silu"),
+    ({"model_type": "x", "text_config": {"model_type": "qwen3_moe", "hidden_act": "gelu"}}, "gelu"),
+])  # fmt: skip
+def test_activation_is_the_configs(config, activation):
+    assert find_layout(linear_specs(), config).activation == activation
+
+
+@pytest.mark.parametrize("name, config, activation", [
+    ("gemma4_text", {}, "gelu_pytorch_tanh"), ("gemma4_text", {"hidden_activation": "relu"}, "relu"),
+    ("jetmoe", {"activation_function": "gelu"}, "gelu"), ("nemotron_h", {"mlp_hidden_act": "silu"}, "silu"),
+    ("dbrx", {"ffn_config": {"moe_num_experts": 3, "ffn_act_fn": {"name": "gelu"}}}, "gelu"),
+    ("gpt_oss", {"hidden_act": "silu"}, "gpt_oss"), ("lfm2_moe", {"hidden_act": "gelu"}, "silu"),
+])  # fmt: skip
+def test_activation_has_several_keys(saved, name, config, activation):
+    tensors = load_file(saved(name)[0] / "model.safetensors")
+    assert find_layout(specs(tensors), {"model_type": name} | config).activation == activation
+
+
+def test_experts_and_layers_are_in_numeric_order():
+    tensors = dict(sorted(linear_specs(layers=11, count=11).items(), reverse=True))
+    layout = find_layout(tensors, {"model_type": "qwen3_moe"})
+    assert [group.layer for group in layout.groups[::3]] == list(range(11))
+    assert [group.projection for group in layout.groups[:3]] == ["gate", "up", "down"]
+    for group in layout.groups:
+        assert [label for label, _ in group.members] == [str(i) for i in range(11)]
+        assert all(f".experts.{label}." in view.tensor for label, view in group.members)
+
+
 def test_rows_are_sourced_and_no_model_type_is_twice():
     types = [model_type for row in ARCHITECTURES for model_type in row.model_types]
     assert len(types) == len(set(types))
@@ -220,10 +250,10 @@ def test_rows_agree_with_how_transformers_converts(row):
             continue
         targets = {t.lstrip(".") for rule in mapping for t in rule.target_patterns}
         sources = {s.replace("\\", "").lstrip(".") for rule in mapping for s in rule.source_patterns}
-        stacked = {row.guard, row.guard.replace("mlp.", "", 1)} | {name for s in row.storages for name in s.names().values()}
-        assert targets & stacked, model_type
-        names = {n.replace("{}", "*") for s in row.storages for n in s.names().values()}
-        assert sources & (names | {n.split(".", 1)[1] for n in names}), model_type
+        # Mixtral's rules leave the module out: ".experts.*.w1.weight"
+        names = {name.replace("{}", "*") for s in row.storages for name in s.names().values()} | {row.guard}
+        names |= {name.split(".", 1)[1] for name in names}
+        assert targets & names and sources & names, model_type
 
 
 # --- layouts without a transformers class ---
@@ -239,7 +269,8 @@ def test_moe_llava(by_hand, name, projections):
     stored = {"up": "fc1", "down": "fc2"} if name.endswith("phi") else stored
     for group in layout.groups:
         for i, (label, view) in enumerate(group.members):
-            assert (label, view.tensor) == (str(i), f"model.layers.{group.layer}.{moe}.{i}.{stored[group.projection]}.weight")
+            tensor = f"model.layers.{group.layer}.{moe}.{i}.{stored[group.projection]}.weight"
+            assert (label, view.tensor) == (str(i), tensor)
             assert torch.equal(read(tensors, view), tensors[view.tensor])
     assert layout.activation == ("gelu_new" if name.endswith("phi") else "silu")
     assert layout.guards == tuple(f"model.layers.{n}.{moe}.0.{next(iter(stored.values()))}.weight" for n in (0, 2))
@@ -261,7 +292,8 @@ def test_xft_leaves_the_universal_expert_alone(by_hand):
     assert len(layout.groups) == 6
     for group in layout.groups:
         prefix = f"model.layers.{group.layer}.mlp.calculator.experts.weight_{group.projection}"
-        assert [(label, v.tensor) for label, v in group.members] == [(str(i), f"{prefix}.{i + 1}.weight") for i in range(3)]
+        stored = [(label, view.tensor) for label, view in group.members]
+        assert stored == [(str(i), f"{prefix}.{i + 1}.weight") for i in range(3)]
         assert torch.equal(read(tensors, group.members[0][1]), tensors[f"{prefix}.1.weight"])
     # not expert 0's: that tensor stays, and the guard would have its name
     assert layout.guards == tuple(f"model.layers.{n}.mlp.calculator.experts.weight_gate.1.weight" for n in range(2))
@@ -367,12 +399,14 @@ def test_a_model_type_may_stand_in_the_text_config_only(saved):
     assert layout.groups[0].name == "language_model.model.layers.0.mlp.experts.gate_proj"
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "jamba", "nemotron_h"])
-def test_linear_experts_of_an_unknown_model(saved, name):
+@pytest.mark.parametrize("name, module", [
+    ("mixtral", "block_sparse_moe.experts"), ("qwen3_moe", "mlp.experts"), ("jamba", "feed_forward.experts"),
+    ("nemotron_h", "mixer.experts"),
+])  # fmt: skip
+def test_linear_experts_of_an_unknown_model(saved, name, module):
     folder, model = saved(name)
     tensors = load_file(folder / "model.safetensors")
     layout = find_layout(specs(tensors), config_of(folder, model_type="brand_new"))
-    module = {"mixtral": "block_sparse_moe.experts"}.get(name, next(toy.experts(model))[0].split(".", 3)[3].rpartition(".")[0])
     assert {g.name.split(".", 3)[3].rpartition(".")[0] for g in layout.groups} == {module}
     for group, (_, matrices) in zip(layout.groups, toy.experts(model), strict=True):
         assert torch.equal(read(tensors, group.members[1][1]), matrices[1])
@@ -428,9 +462,11 @@ def test_missing_tensors():
     fails(CheckpointError, without(stacked, "down"), QWEN3, gone)
     short = stacked | {"model.layers.0.mlp.experts.down_proj": TensorSpec((3, 4, 6), "BF16")}
     fails(CheckpointError, short, QWEN3, "model.layers.0.mlp.experts.down_proj: has only 3;")
-    # no model_type to go by, but one layer has gates
-    fails(CheckpointError, without(tensors, *(f"1.mlp.experts.{i}.gate" for i in range(4))), {}, "gate_proj.weight: missing")
-    xft = {f"model.layers.0.mlp.calculator.experts.weight_{p}.0.weight": TensorSpec((4, 4), "F16") for p in ("gate", "up", "down")}
+    # no model_type to go by, but another layer has gates
+    no_gates = without(tensors, *(f"1.mlp.experts.{i}.gate" for i in range(4)))
+    fails(CheckpointError, no_gates, {}, "model.layers.1.mlp.experts.0.gate_proj.weight: missing")
+    universal = "model.layers.0.mlp.calculator.experts.weight_{}.0.weight"
+    xft = {universal.format(p): TensorSpec((4, 4), "F16") for p in ("gate", "up", "down")}
     fails(CheckpointError, xft, {"model_type": "llama_moe_upscaling"}, "weight_gate.1.weight: missing")
 
 
@@ -443,11 +479,12 @@ def test_the_last_expert_is_missed_by_the_configs_count():
 
 
 def test_wrong_shapes():
-    for shape, text in [((6, 5), "expected a up projection [6, 4]"), ((4, 6, 4), "expected 2 axes, got shape [4, 6, 4]"),
+    for shape, text in [((6, 5), "expected gate or up [6, 4]"), ((4, 6, 4), "expected 2 axes, got shape [4, 6, 4]"),
                         ((24,), "expected 2 axes"), ((0, 4), "empty")]:  # fmt: skip
         fails(CheckpointError, linear_specs() | {UP: TensorSpec(shape, "BF16")}, QWEN3, f"{UP}: ", text)
     down = UP.replace("up", "down")
-    fails(CheckpointError, linear_specs() | {down: TensorSpec((6, 4), "BF16")}, QWEN3, f"{down}: expected a down projection [4, 6]")
+    turned = linear_specs() | {down: TensorSpec((6, 4), "BF16")}
+    fails(CheckpointError, turned, QWEN3, f"{down}: expected down [4, 6]")
     gate_up = "model.layers.0.mlp.experts.gate_up_proj"
     odd = stacked_specs() | {gate_up: TensorSpec((4, 11, 4), "BF16")}
     fails(CheckpointError, odd, QWEN3, f"{gate_up}: expected gate and up side by side, got an odd 11")
@@ -458,7 +495,8 @@ def test_wrong_shapes():
 def test_a_stacked_file_turned_round_is_refused():
     """Hub files of Llama 4 are [E, in, out]; one stored [E, out, in] must not be read as if it were."""
     turned = {name.replace("mlp", "feed_forward"): spec for name, spec in stacked_specs().items()}
-    fails(CheckpointError, turned, {"model_type": "llama4_text"}, "model.layers.0.feed_forward.experts.down_proj: expected")
+    down = "model.layers.0.feed_forward.experts.down_proj"
+    fails(CheckpointError, turned, {"model_type": "llama4_text"}, f"{down}: expected")
     neither = stacked_specs() | {"model.layers.0.mlp.experts.down_proj": TensorSpec((4, 5, 7), "BF16")}
     fails(CheckpointError, neither, {"model_type": "qwen3_vl_moe"}, "model.layers.0.mlp.experts.down_proj: expected")
 
@@ -473,7 +511,8 @@ def test_dbrx_needs_its_count():
     mlp = "transformer.blocks.0.ffn.experts.mlp"
     tensors = {f"{mlp}.{w}": TensorSpec((12, 5), "BF16") for w in ("w1", "v1", "w2")}
     fails(CheckpointError, tensors, {"model_type": "dbrx"}, f"{mlp}.w1: 12 rows", "None experts")
-    fails(CheckpointError, tensors, {"model_type": "dbrx", "ffn_config": {"moe_num_experts": 5}}, f"{mlp}.w1: 12 rows", "5 experts")
+    config = {"model_type": "dbrx", "ffn_config": {"moe_num_experts": 5}}
+    fails(CheckpointError, tensors, config, f"{mlp}.w1: 12 rows", "5 experts")
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "brand_new"])
@@ -519,7 +558,8 @@ def test_shared_experts_that_cannot_be_included(saved, tmp_path):
     tensors = linear_specs(1) | {f"{shared}.{p}_proj.weight": TensorSpec((12, 4), "BF16") for p in ("gate", "up")}
     complete = tensors | {f"{shared}.down_proj.weight": TensorSpec((4, 12), "BF16")}
     expert = "model.layers.0.mlp.experts.0.up_proj.weight"
-    fails(UnsupportedError, complete, QWEN3, f"{shared}.gate_proj.weight", expert, "[12, 4]", "[6, 4]", include_shared=True)
+    texts = f"{shared}.gate_proj.weight", expert, "[12, 4]", "[6, 4]"
+    fails(UnsupportedError, complete, QWEN3, *texts, include_shared=True)
     fails(CheckpointError, tensors, QWEN3, f"{shared}.down_proj.weight: missing", include_shared=True)
     fails(UnsupportedError, linear_specs(1), QWEN3, "model.layers.0.mlp", "no shared expert", include_shared=True)
     find_layout(tensors, QWEN3)
@@ -594,7 +634,8 @@ def test_resharding_keeps_every_tensor(tmp_path):
     before = load_file(tmp_path / "model.safetensors")
     toy.reshard(tmp_path, 3)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert len(list(tmp_path.glob("model-*-of-00003.safetensors"))) == 3 and not (tmp_path / "model.safetensors").exists()
+    assert len(list(tmp_path.glob("model-*-of-00003.safetensors"))) == 3
+    assert not (tmp_path / "model.safetensors").exists()
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in before.values())
     for name, file in index["weight_map"].items():
         with safe_open(tmp_path / file, "pt") as shard:

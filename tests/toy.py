@@ -21,6 +21,7 @@ DENSE = dict(
 QWEN = DENSE | dict(moe_intermediate_size=INNER, head_dim=10, num_experts_per_tok=2)
 MLA = dict(kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
 DEEPSEEK = DENSE | MLA | dict(
+    num_key_value_heads=4,
     n_routed_experts=4, moe_intermediate_size=INNER, n_shared_experts=1, first_k_dense_replace=1, num_hidden_layers=3,
     num_experts_per_tok=2, n_group=1, topk_group=1,
 )

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from . import __version__, commands
-from .errors import DersError
+from .errors import DersError, Interrupted
 from .registry import discover
 
 SCHEMA = 1
@@ -40,19 +40,20 @@ for _name, _command in discover(commands, "COMMAND").items():
 
 
 def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+    raise Interrupted
 
 
 def main() -> None:
     """Entry point of `ders`."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     debug = "--debug" in sys.argv[1:]
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         app()
     except DersError as error:
         _fail(str(error), error.exit_code, debug)
-    except KeyboardInterrupt:
+    except Interrupted:
         _fail("interrupted; an unfinished output keeps the name OUT.partial, --resume continues it", 130, debug)
     except OSError as error:
         if error.filename is None and error.errno is None:
@@ -70,7 +71,7 @@ def _fail(message: str, code: int, debug: bool) -> None:
         traceback.print_exc()
     if "--json" in sys.argv:
         print(json.dumps({"schema": SCHEMA, "error": {"message": message, "exit_code": code}}))
-    print(f"ders: {message}", file=sys.stderr)
+    print(f"ders: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     if code == 130:
         os._exit(code)  # worker threads may still hold blocks; there is nothing to save

@@ -151,7 +151,7 @@ def _shard(conversion: Conversion, shard: ShardPlan, folder: Path, progress: Pro
         for unit, spool in zip(shard.units, spools, strict=True):
             _append_stream(writer, unit, spool)
         sizes = {name: writer.tensors[name].nbytes for name in shard.appended}
-        result = {"hashes": writer.hashes(), "groups": entries, "sizes": sizes}
+        result = {"hashes": writer.hashes(shard.slices), "groups": entries, "sizes": sizes}
         result["bytes"] = writer.close()
     except BaseException:
         writer.abandon()

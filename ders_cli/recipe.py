@@ -133,7 +133,8 @@ def make_recipe(fields: dict[str, Any], where: str = "options") -> Recipe:
 
 
 def _first_error(error: ValidationError) -> str:
-    first = error.errors()[0]
+    found = error.errors()
+    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])  # a misspelt key is also a missing one
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
     if first["type"] == "extra_forbidden":
         key, fields = str(first["loc"][-1]), (Rule if "rules" in first["loc"] else Recipe).model_fields

@@ -113,7 +113,7 @@ def _copy(source: DersSource, writer: ShardWriter, name: str, progress: Progress
         digest.update(chunk)
         at += chunk.nbytes
         progress.advance(chunk.nbytes)
-    if digest.hexdigest() != source.manifest["tensors"][name]:
+    if [digest.hexdigest()] != source.manifest["tensors"][name]:
         raise CheckpointError(f"{name}: its bytes do not have the hash in ders.json; the checkpoint is damaged")
 
 

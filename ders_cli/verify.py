@@ -106,20 +106,20 @@ def _intact(source: DersSource, report: Report, jobs: int, progress: Progress) -
             report.add(name, "missing; ders.json lists it")
         else:
             report.add(name, "" if file_hash(path) == expected else "changed: it does not have its hash in ders.json")
-    digests = local.run([partial(_tensor_hash, source, name) for name in source.reader.tensors], jobs)
-    for name, digest in zip(source.reader.tensors, digests, strict=True):
-        place = source.reader.places[name].file
-        report.add(name, "" if digest == manifest["tensors"][name] else f"damaged: its bytes in {place} do not have their hash in ders.json")
+    for name, problem in zip(source.reader.tensors, local.run([partial(_damage, source, name) for name in source.reader.tensors], jobs), strict=True):
+        report.add(name, problem)
     for problems in local.run([partial(_decodes, source, group, progress) for group in source.groups], jobs):
         for where, problem in problems:
             report.add(where, problem)
 
 
-def _tensor_hash(source: Source, name: str) -> str:
-    digest = blake3()
-    for chunk in source.reader.chunks(name):
-        digest.update(chunk)
-    return digest.hexdigest()
+def _damage(source: DersSource, name: str) -> str:
+    """Which part of a tensor does not have its hash in ders.json, or ""."""
+    expected = source.manifest["tensors"][name]
+    found = source.reader.hashes(name, len(expected))
+    bad = [str(number) for number, (here, noted) in enumerate(zip(found, expected, strict=True)) if here != noted]
+    where = f"expert {', '.join(bad)}: " if bad and len(expected) > 1 else ""
+    return f"{where}damaged: its bytes in {source.reader.places[name].file} do not have their hash in ders.json" if bad else ""
 
 
 def _decodes(source: DersSource, group: ExpertGroup, progress: Progress) -> list[tuple[str, str]]:
@@ -248,7 +248,7 @@ def _compare_others(tested: Source, reference: Source, report: Report) -> None:
         if here != there:
             report.add(name, f"expected {there.dtype} {list(there.shape)}, found {here.dtype} {list(here.shape)}")
         else:
-            report.add(name, "" if _tensor_hash(tested, mine[name]) == _tensor_hash(reference, theirs[name]) else "differs")
+            report.add(name, "" if tested.reader.hashes(mine[name]) == reference.reader.hashes(theirs[name]) else "differs")
 
 
 # --- hidden states

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 STORED = {"U8": "u1", "I64": "<i8", "BF16": "<u2", "F16": "<u2", "F32": "<u4"}
-MANTISSA, EXPONENT = {"BF16": 7, "F16": 10, "F32": 23}, {"BF16": 8, "F16": 5, "F32": 8}  # bits of the fields
-KEEPING = ("drop", "top", "n:m")  # the codecs that a chain's second codes the values of
+MANTISSA = {"BF16": 7, "F16": 10, "F32": 23}  # bits of the field
+KEEPING = ("drop", "top", "n:m")  # after these, a chain's second codec codes the values
 
 
 def read_experts(folder: Path) -> dict[tuple[str, str], np.ndarray]:
@@ -20,8 +20,9 @@ def read_experts(folder: Path) -> dict[tuple[str, str], np.ndarray]:
     about, tensors, experts = json.loads((folder / "ders.json").read_text()), read_tensors(folder), {}
     assert about["format"] == 1, about["format"]
     for group in about["groups"]:
-        name, dtype, base = group["name"], group["dtype"], tensors[f"{group['name']}.base"]
-        parts = {key.removeprefix(f"{name}.delta."): t for key, t in tensors.items() if key.startswith(f"{name}.delta.")}
+        name, dtype = group["name"], group["dtype"]
+        base, prefix = tensors[f"{name}.base"], f"{name}.delta."
+        parts = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         for i, member in enumerate(group["members"]):
             if group["codec"]["codec"] == "exact":
                 bits = read_exact(parts["extents"][i], parts["stream"], base, dtype)
@@ -122,52 +123,47 @@ def draw(count: int, key: int) -> np.ndarray:
 def read_exact(extents: np.ndarray, stream: np.ndarray, base: np.ndarray, dtype: str) -> np.ndarray:
     """Section 5: one expert's chunks -> its bits [out, in]."""
     step = max(1, 2**20 // base.shape[1])
-    chunks = [
-        read_chunk(stream[start:end].tobytes(), base[row : row + step].ravel(), dtype)
-        for row, (start, end) in zip(range(0, len(base), step), extents)
-    ]
-    return np.concatenate(chunks).reshape(base.shape)
+    chunks = zip(range(0, len(base), step), extents.tolist())
+    rows = [read_chunk(stream[a:b].tobytes(), base[row : row + step].ravel(), dtype) for row, (a, b) in chunks]
+    return np.concatenate(rows).reshape(base.shape)
 
 
 def read_chunk(data: bytes, base: np.ndarray, dtype: str) -> np.ndarray:
     mode, contexts, at = data[0], data[1], 2
     if mode == 0:
         return np.frombuffer(data[1:], STORED[dtype])
-    edges, tables = [], []  # a context's first exponent; the token of each of its 4096 slots, and (f, first slot) by token
+    edges, tables = [], []  # by context: first exponent; tokens of the slots 0..4095, {token: (f, first slot)}
     for _ in range(contexts):
-        edges, (first, last), at = edges + [data[at]], data[at + 1 : at + 3], at + 3
-        owners, owned = [], {}
+        (edge, first, last), at, slots, owned = data[at : at + 3], at + 3, [], {}
         for token in range(first, last + 1):
-            f, at = (data[at], at + 1) if data[at] < 128 else ((data[at] - 128) * 256 + data[at + 1], at + 2)
-            owned[token] = f, len(owners)
-            owners += [token] * f
-        tables.append((owners, owned))
-    states, at = np.frombuffer(data, "<u4", 8, at).tolist(), at + 32
-    count = int.from_bytes(data[at : at + 4], "little")
-    words, raw = iter(np.frombuffer(data, "<u2", count, at + 4).tolist()), data[at + 4 + 2 * count :]
-    exponents = base >> MANTISSA[dtype] & 2 ** EXPONENT[dtype] - 1
-    tokens = np.empty(len(base), base.dtype)
-    for i, context in enumerate((np.searchsorted(edges, exponents, "right") - 1).tolist()):
-        owners, owned = tables[context]
-        slot = states[i % 8] % 4096
-        tokens[i] = owners[slot]
-        f, first = owned[owners[slot]]
-        x = f * (states[i % 8] // 4096) + slot - first
-        states[i % 8] = x if x >= 65536 else x * 65536 + next(words)
-    assert states == [65536] * 8 and next(words, None) is None
+            f, at = (data[at], at + 1) if data[at] < 128 else (data[at] % 128 * 256 + data[at + 1], at + 2)
+            owned[token] = f, len(slots)
+            slots += [token] * f
+        edges.append(edge)
+        tables.append((slots, owned))
+    states, count = np.frombuffer(data, "<u4", 8, at).tolist(), int.from_bytes(data[at + 32 : at + 36], "little")
+    words, at = iter(np.frombuffer(data, "<u2", count, at + 36).tolist()), 8 * (at + 36 + 2 * count)  # now in bits
 
-    if mode == 1:
-        widths, leads = np.maximum(tokens, 12) // 4 - 2, 4 + tokens % 4  # n - 3 = 2 + (token - 16) // 4
-        widths, leads = np.where(tokens < 16, 0, widths), np.where(tokens < 16, tokens, leads)
-    else:
-        widths, leads, base = np.full_like(tokens, MANTISSA[dtype] + 1), tokens, np.zeros_like(base)
-    starts, bits = np.cumsum(widths, dtype=np.int64) - widths, np.unpackbits(np.frombuffer(raw, np.uint8), bitorder="little")
-    assert len(raw) == (starts[-1] + widths[-1] + 7) // 8
-    values = leads << widths
-    for bit in range(widths.max()):
-        longer = widths > bit
-        values[longer] |= bits[starts[longer] + bit].astype(base.dtype) << bit
-    # Unsigned numbers wrap around, as the page's "modulo" wants; a key is undone as it is made.
-    others = base.dtype.type(2 ** (8 * base.itemsize - 1) - 1)
-    flip = lambda patterns: np.where(patterns > others, patterns ^ others, patterns)  # noqa: E731
-    return flip(flip(base) + np.where(values & 1, ~(values >> 1), values >> 1))
+    magnitude = base.dtype.type(2 ** (8 * base.itemsize - 1) - 1)  # mask: all but the sign bit
+    exponents, values = (base & magnitude) >> MANTISSA[dtype], np.empty_like(base)
+    for i, context in enumerate((np.searchsorted(edges, exponents, "right") - 1).tolist()):
+        slots, owned = tables[context]
+        above, slot = divmod(states[i % 8], 4096)
+        token = slots[slot]
+        f, first = owned[token]
+        x = f * above + slot - first
+        states[i % 8] = x if x >= 65536 else x * 65536 + next(words)
+        if mode == 2:
+            width, lead = MANTISSA[dtype] + 1, token
+        else:
+            width, lead = (0, token) if token < 16 else (token // 4 - 2, 4 + token % 4)
+        raw = int.from_bytes(data[at // 8 : at // 8 + 5], "little") >> at % 8
+        values[i], at = lead << width | raw % 2**width, at + width
+    assert states == [65536] * 8 and next(words, None) is None and (at + 7) // 8 == len(data)
+
+    def flip(bits):  # a pattern's key, and a key's pattern
+        return np.where(bits > magnitude, bits ^ magnitude, bits)
+
+    # Unsigned numbers wrap around: the page's "modulo".
+    differences = np.where(values & 1, ~(values >> 1), values >> 1)
+    return flip(differences + flip(base) if mode == 1 else differences)

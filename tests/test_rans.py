@@ -116,7 +116,7 @@ def test_two_decoders_give_back_the_expert(kind, n, dtype, shift):
 @pytest.mark.parametrize("start", [0x0000, 0x8000, 0x0001, 0x3F80, 0xBF80, 0x7F80, 0x7FFF, 0xFFFF, None])
 @pytest.mark.parametrize("shift", [7, 10])
 def test_every_pattern_against_a_base(start, shift):
-    """NaN payloads, infinities, both zeros and subnormals; equal weights beside them keep the chunk from being stored."""
+    """NaN payloads, infinities, both zeros, subnormals; equal weights beside them keep the chunk from being stored."""
     every = np.arange(1 << 16, dtype=np.uint16)
     mixed = (every * 40503 + 12345).astype(np.uint16)
     base = np.concatenate([mixed if start is None else np.full_like(every, start), every, every])
@@ -271,7 +271,7 @@ def table(first, last, *frequencies, head=0):
     [
         (b"", "mode"),
         (b"\3", "found 3"),
-        (b"\0" * 9, "expected 16 bytes of stored weights, found 8"),
+        (b"\0" * 9, "expected 18 bytes of stored weights, found 8"),
         (b"\1\0", "1 to 32 contexts, found 0"),
         (b"\1\x21", "found 33"),
         (b"\1\1" + table(0, 0, 4096, head=1), "first exponent 1 out of order"),
@@ -279,17 +279,20 @@ def table(first, last, *frequencies, head=0):
         (b"\1\1" + table(3, 2), "found 3 to 2"),
         (b"\1\1" + table(64, 64, 4096), "tokens below 64"),
         (b"\1\1" + table(0, 1, 4000, 97), "sum to 4097"),
+        (b"\1\1" + table(0, 1, 4000, 95), "sum to 4095"),
         (b"\1\1" + table(0, 0, 4096) + b"\0" * 31, "states: expected 32 bytes, found 31"),
         (b"\1\1" + table(0, 0, 4096) + b"\0" * 32 + b"\xff" * 4, "words: expected 8589934590 bytes, found 0"),
         (b"\1\1" + table(0, 0, 4096) + b"\0\0\1\0" * 8 + b"\1\0\0\0ab", "1 words"),
         (b"\1\1" + table(0, 0, 4096) + b"\0\0\1\0" * 8 + b"\0\0\0\0a", "1 bytes of raw bits"),
         (b"\1\1" + table(63, 63, 4096) + b"\0\0\1\0" * 8 + b"\0\0\0\0", "0 bytes of raw bits .* more"),
-        (b"\2\1" + table(0, 0, 4096) + b"\0\0\1\0" * 8 + b"\0\0\0\0" + b"\0" * 9, "9 bytes of raw bits .* 64 bits"),
+        (b"\2\1" + table(0, 0, 4096) + b"\0\0\1\0" * 8 + b"\0" * 4 + b"\0" * 10, "10 bytes of raw bits .* 72 bits"),
+        # nine values of two bits each, then a bit too many
+        (b"\1\1" + table(16, 16, 4096) + b"\0\0\1\0" * 8 + b"\0" * 4 + b"\0\0\4", "3 bytes of raw bits .* 18 bits"),
     ],
 )
 def test_reasons(data, reason):
     with pytest.raises(CorruptStream, match=reason):
-        decode_chunk(data, np.zeros(8, np.uint16), 7)
+        decode_chunk(data, np.zeros(9, np.uint16), 7)
 
 
 def test_arrays_of_another_kind_are_refused():

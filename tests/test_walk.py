@@ -66,6 +66,7 @@ def test_seed_decides(source: Path, tmp_path: Path) -> None:
 def test_resume_gives_the_same_bytes(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stop after the second shard; --resume takes the finished ones as they are and ends at the same bytes."""
     from ders_cli import convert
+    from ders_cli.errors import Interrupted
 
     flags = ("--delta", "exact", "--max-shard-size", "30kB", "-q")
     done("compress", source, *flags, "-o", tmp_path / "whole")
@@ -74,7 +75,7 @@ def test_resume_gives_the_same_bytes(source: Path, tmp_path: Path, monkeypatch: 
     def stops(conversion, shard, folder, progress):
         calls.append(shard.file)
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            raise Interrupted
         return real(conversion, shard, folder, progress)
 
     monkeypatch.setattr(convert, "_shard", stops)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 
 from ..errors import CheckpointError, UnsupportedError, UsageError
 from .tensor import BITS, STORAGE, TensorSpec
@@ -211,14 +212,24 @@ class CheckpointReader:
         self.read_bytes(name, start * row_bytes, out)
         return out
 
-    def chunks(self, name: str, chunk_bytes: int = 4 << 20) -> Iterator[np.ndarray]:
-        """The tensor's bytes from front to back, in one reused uint8 buffer."""
-        total = self.tensors[name].nbytes
-        buffer = np.empty(min(chunk_bytes, total), np.uint8)
-        for begin in range(0, total, chunk_bytes):
-            part = buffer[: min(chunk_bytes, total - begin)]
-            self.read_bytes(name, begin, part)
+    def chunks(self, name: str, begin: int = 0, end: int | None = None, chunk_bytes: int = 4 << 20) -> Iterator[np.ndarray]:
+        """The tensor's bytes begin ... end from front to back, in one reused uint8 buffer."""
+        end = self.tensors[name].nbytes if end is None else end
+        buffer = np.empty(min(chunk_bytes, end - begin), np.uint8)
+        for at in range(begin, end, chunk_bytes):
+            part = buffer[: min(chunk_bytes, end - at)]
+            self.read_bytes(name, at, part)
             yield part
+
+    def hashes(self, name: str, slices: int = 1) -> list[str]:
+        """BLAKE3 of the tensor's bytes, in equal slices of its first axis."""
+        size, found = self.tensors[name].nbytes // slices, []
+        for number in range(slices):
+            digest = blake3()
+            for chunk in self.chunks(name, number * size, (number + 1) * size):
+                digest.update(chunk)
+            found.append(digest.hexdigest())
+        return found
 
     def close(self) -> None:
         for handle in self._handles.values():

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+from blake3 import blake3
 
 from .tensor import TensorSpec
 
@@ -101,18 +102,19 @@ class ShardWriter:
             self._end += chunk.nbytes
         assert self._end - self._begins[name] == spec.nbytes, name
 
-    def hashes(self) -> dict[str, str]:
-        """BLAKE3 of every tensor's bytes, as they stand in the file."""
-        from blake3 import blake3
+    def hashes(self, slices: Mapping[str, int]) -> dict[str, list[str]]:
+        """BLAKE3 of every tensor's bytes as they stand in the file, in slices[name] equal slices (1 where not given)."""
+        return {name: self._slice_hashes(name, slices.get(name, 1)) for name in self.tensors}
 
-        found, buffer = {}, np.empty(4 << 20, np.uint8)
-        for name, spec in self.tensors.items():
+    def _slice_hashes(self, name: str, count: int) -> list[str]:
+        found, size, buffer = [], self.tensors[name].nbytes // count, np.empty(4 << 20, np.uint8)
+        for first in range(0, count * size, size) if size else [0] * count:
             digest = blake3()
-            for begin in range(0, spec.nbytes, buffer.size):
-                part = buffer[: min(buffer.size, spec.nbytes - begin)]
-                self.read_back(name, begin, part)
+            for begin in range(0, size, buffer.size):
+                part = buffer[: min(buffer.size, size - begin)]
+                self.read_back(name, first + begin, part)
                 digest.update(part)
-            found[name] = digest.hexdigest()
+            found.append(digest.hexdigest())
         return found
 
     def close(self) -> int:

@@ -58,7 +58,8 @@ class TernaryCodec(DeltaCodec):
         return pack_positions(columns, width, unused=True) | {"negative": signs, "scale": scale}
 
     def decode(self, parts: Parts, shape: tuple[int, int], key: int, row: int) -> np.ndarray:
-        columns = unpack_positions({k: v for k, v in parts.items() if k in ("low", "high")}, self.slots(shape[1]), shape[1])
+        positions = {part: parts[part] for part in ("low", "high") if part in parts}
+        columns = unpack_positions(positions, self.slots(shape[1]), shape[1], unused=True, first_row=row)
         negative = np.unpackbits(parts["negative"], axis=1, count=columns.shape[1], bitorder="little")
         out = np.empty(shape, np.float32)
         ternary.decode(columns, negative, parts["scale"][:, 0], out)

@@ -52,7 +52,7 @@ class TopCodec(SelectiveCodec):
         return pack_positions(columns, delta.shape[1], unused=False), values * gain(delta, values)
 
     def columns(self, parts: Parts, shape: tuple[int, int], key: int, row: int) -> np.ndarray:
-        return unpack_positions(parts, self.kept(shape[1]), shape[1])
+        return unpack_positions(parts, self.kept(shape[1]), shape[1], unused=False, first_row=row)
 
 
 CODEC = TopCodec

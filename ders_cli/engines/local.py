@@ -6,6 +6,8 @@ from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
 
+from ..errors import Interrupted
+
 Result = TypeVar("Result")
 
 
@@ -17,7 +19,7 @@ def run(tasks: Sequence[Callable[[], Result]], jobs: int) -> list[Result]:
     with threadpool_limits(1, "blas"):
         if jobs == 1:
             return [task() for task in tasks]
-        pool = ThreadPoolExecutor(jobs)
+        pool, waits = ThreadPoolExecutor(jobs), True
         try:
             futures = [pool.submit(task) for task in tasks]
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -25,5 +27,8 @@ def run(tasks: Sequence[Callable[[], Result]], jobs: int) -> list[Result]:
                 if future in done and future.exception():
                     raise future.exception()
             return [future.result() for future in futures]
+        except Interrupted:
+            waits = False
+            raise
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=waits, cancel_futures=True)

@@ -7,13 +7,13 @@ exponent of the base weight. Hence: count the difference in steps, and code it i
     key(b)   = b if the sign bit of the pattern b is 0, else b with all other bits flipped; read as a signed integer.
                A bijection that keeps order: -0 is -1, +0 is 0, NaN payloads are integers too. No value needs an escape.
     value    = zigzag(key(expert) - key(base)), modulo 2^16 (2^32);  zigzag(d) = 2d for d >= 0, -2d - 1 for d < 0
-    token    = value for value < 16, else 16 + 4 * (n - 5) + the two bits under the leading one; n = bit length of value
-    raw bits = the other n - 3 bits of a value >= 16, as they are
+    token    = value for value < 16, else 16 + 4 * (m - 5) + the two bits under the leading one; m = bit length of value
+    raw bits = the other m - 3 bits of a value >= 16, as they are
     context  = by the exponent field of the base weight: neighbouring exponents share a table of token frequencies
 
 Tokens are rANS-coded (cpu_ops/rans.py) with 12-bit frequencies. The same machinery without a base serves for experts
 that do not resemble it: there value = zigzag(key(expert)), which is the pattern rotated left by one bit, and the
-token is the expert's exponent field. What does not get smaller is stored.
+token is the expert's exponent field (contexts remain, but mostly one is enough). What does not get smaller is stored.
 
 **Bytes of a chunk of n weights.** Integers are little-endian; s is the width of the mantissa field and e that of the
 exponent field: BF16 s = 7, e = 8; F16 s = 10, e = 5; F32 s = 23, e = 8. n, s, e and the base come from outside.

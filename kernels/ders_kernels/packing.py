@@ -102,10 +102,10 @@ def _pack_positions(columns, low_count, low, high):
 
 
 @njit(nogil=True, cache=True)
-def _unpack_positions(low, high, low_count, m, columns):
+def _unpack_positions(low, high, low_count, m, unused, columns):
     """-1 if well formed, else the first bad row."""
     for row in range(columns.shape[0]):
-        i, last = 0, 0
+        i, last = 0, -1
         for byte in range(high.shape[1]):
             held = high[row, byte]
             while held:
@@ -119,7 +119,7 @@ def _unpack_positions(low, high, low_count, m, columns):
                 for j in range(low_count):
                     at = i * low_count + j
                     column |= ((low[row, at >> 3] >> (at & 7)) & 1) << j
-                if column > m or column < last:
+                if column >= m + unused or (column <= last and column < m):
                     return row
                 columns[row, i] = last = column
                 i += 1
@@ -141,19 +141,19 @@ def pack_positions(columns: np.ndarray, m: int, unused: bool) -> dict[str, np.nd
     return parts
 
 
-def unpack_positions(parts: dict[str, np.ndarray], n: int, m: int) -> np.ndarray:
-    """uint8 parts -> int32 [rows, n]. Raises ValueError naming the row where the bits are no such set."""
+def unpack_positions(parts: dict[str, np.ndarray], n: int, m: int, unused: bool, first_row: int = 0) -> np.ndarray:
+    """uint8 parts -> int32 [rows, n]. Raises ValueError naming the row, counted from first_row, whose bits are no such set."""
     if "bitmap" in parts:
         bits = np.unpackbits(parts["bitmap"], axis=1, bitorder="little")
         counts = bits.sum(axis=1, dtype=np.int64)
         if (counts != n).any() or bits[:, m:].any():
             row = int(np.argmax((counts != n) | bits[:, m:].any(axis=1)))
-            raise ValueError(f"row {row}: bitmap has {counts[row]} columns of 0..{m - 1}, expected {n}")
+            raise ValueError(f"row {first_row + row}: bitmap has {counts[row]} columns of 0..{m - 1}, expected {n}")
         return np.nonzero(bits)[1].reshape(-1, n).astype(np.int32)
     high = parts["high"]
     columns = np.empty((high.shape[0], n), np.int32)
     low = parts.get("low", np.zeros((high.shape[0], 0), np.uint8))
-    bad = _unpack_positions(low, high, low_bits(n, m), m, columns)
+    bad = _unpack_positions(low, high, low_bits(n, m), m, unused, columns)
     if bad >= 0:
-        raise ValueError(f"row {bad}: positions are not {n} ascending columns of 0..{m}")
+        raise ValueError(f"row {first_row + bad}: positions are not {n} ascending columns of 0..{m if unused else m - 1}")
     return columns

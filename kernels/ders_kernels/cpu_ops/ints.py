@@ -67,11 +67,11 @@ def decode(packed, scales, bits, group, out):
     """The inverse: uint8 [rows, bytes], uint16 [rows, groups] -> fp32 [rows, in]."""
     rows, columns = out.shape
     codes = np.empty(columns, np.uint8)
-    zero = np.float32(0.5) if bits == 1 else (np.float32(1.5) if bits == 2 else np.float32(1 << (bits - 1)))
+    zero = np.float32(1) if bits == 1 else (np.float32(1.5) if bits == 2 else np.float32(1 << (bits - 1)))
     unit = np.float32(2) if bits == 1 else np.float32(1)
     for row in range(rows):
         unpack_row(packed[row], bits, codes)
         for g in range(scales.shape[1]):
-            step = bf16_value(scales[row, g]) * unit
+            step = bf16_value(scales[row, g])
             for i in range(g * group, min(columns, g * group + group)):
-                out[row, i] = (np.float32(codes[i]) - zero) * step
+                out[row, i] = (unit * np.float32(codes[i]) - zero) * step

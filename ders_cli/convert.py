@@ -268,8 +268,10 @@ def _add_differences(
     rows = np.empty((expert.shape[0], len(sums.NAMES)))
     most = np.empty(expert.shape[0], np.float32)
     sums.differences(*(floats.widen(bits, group.dtype) for bits in (expert, coded, base)), rows, most)
-    totals += [math.fsum(column) for column in rows.T]
-    worst[0] = np.maximum(worst[0], most.max()) if np.isfinite(rows).all() else np.inf
+    finite = np.isfinite(rows).all()
+    worst[0] = np.maximum(worst[0], most.max()) if finite else np.inf
+    if finite:
+        totals += [math.fsum(column) for column in rows.T]
 
 
 def _name_nonfinite(error: NonFiniteError, group: ExpertGroup, block: slice, read: ReadRows) -> CheckpointError:
@@ -281,4 +283,6 @@ def _name_nonfinite(error: NonFiniteError, group: ExpertGroup, block: slice, rea
                 f"{view.tensor}: {value} at [{error.row}, {error.column}] of expert {group.members[i][0]}'s "
                 f"{group.projection} matrix {list(group.shape)}; only --delta exact keeps such values"
             )
-    return CheckpointError(f"{group.name}: the base has no finite value at [{error.row}, {error.column}]")
+    return CheckpointError(
+        f"{group.name}: base and difference from it pass the range of fp32 at [{error.row}, {error.column}]; use --delta exact"
+    )

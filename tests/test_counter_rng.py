@@ -30,12 +30,12 @@ def test_known_answer_of_the_compiled_form():
 
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("first", [0, 1, 2, 3, 61, 2**34 - 5, 2**34 * 5 + 7, 2**63 - 3])
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 11])
-def test_compiled_equals_reference(key, first, count):
+def test_compiled_equals_reference(key, first):
     """2^34 elements are 2^32 blocks: from there on the counter's second word is in use."""
-    drawn = draw(key, first, count)
-    assert drawn.dtype == np.uint32
-    assert drawn.tolist() == reference.draws(key, first, count).tolist()
+    for count in (0, 1, 2, 3, 4, 5, 11):
+        drawn = draw(key, first, count)
+        assert drawn.dtype == np.uint32
+        assert drawn.tolist() == reference.draws(key, first, count).tolist()
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**40), st.integers(0, 40), st.integers(0, 40))

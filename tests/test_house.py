@@ -47,3 +47,12 @@ def test_kernels_stand_alone() -> None:
     for path in (ROOT / "kernels").rglob("*.py"):
         assert not [name for name in _imports(path) if name.split(".")[0] in ("ders_cli", "safetensors", "transformers")], path
     assert not (ROOT / "kernels" / "__init__.py").exists()  # transformers would take it for Hugging Face's `kernels`
+
+
+def test_docs_list_every_architecture_and_codec() -> None:
+    from ders_cli.architectures import ARCHITECTURES
+    from ders_cli.codecs import CODECS
+
+    architectures, codecs = ((ROOT / "docs" / page).read_text() for page in ("architectures.md", "format.md"))
+    assert not [m for a in ARCHITECTURES for m in a.model_types if f"`{m}`" not in architectures]
+    assert not [name for name in CODECS if f'{{"codec": "{name}"' not in codecs]

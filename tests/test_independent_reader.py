@@ -70,7 +70,7 @@ def test_exact_takes_any_bits(tmp_path, dtype):
     check(tmp_path / "moe", tmp_path, "--delta", "exact", "--base", "expert:0")
     stored = read_tensors(tmp_path / "ders")
     extents = [name for name in stored if name.endswith(".delta.extents")]
-    modes = {stored[name.replace("extents", "stream")][start] for name in extents for start in stored[name][..., 0].flat}
+    modes = {stored[name.replace("extents", "stream")][at] for name in extents for at in stored[name][..., 0].flat}
     assert modes == {0, 1, 2}
 
 

@@ -36,7 +36,8 @@ def make(folder: Path, gigabytes: float) -> int:
             for name, shape in (("w1", (INNER, HIDDEN)), ("w2", (HIDDEN, INNER)), ("w3", (INNER, HIDDEN))):
                 specs[f"{prefix}.experts.{expert}.{name}.weight"] = TensorSpec(shape, "BF16")
     writer = ShardWriter(folder / "model.safetensors", specs)
-    base = (random.standard_normal(HIDDEN * INNER, np.float32) * 0.02).view(np.uint32) >> 16
+    normal = random.standard_normal(HIDDEN * INNER, np.float32) * np.float32(0.02)
+    base = (normal + np.copysign(np.float32(1e-4), normal)).view(np.uint32) >> 16  # away from 0: its last bits can move
     for name, spec in specs.items():
         step = random.integers(-2, 3, spec.size, np.int8)
         writer.write(name, 0, (base[: spec.size].astype(np.int32) + step).astype(np.uint16))

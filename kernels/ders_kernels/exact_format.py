@@ -6,7 +6,8 @@ exponent of the base weight. Hence: count the difference in steps, and code it i
 
     key(b)   = b if the sign bit of the pattern b is 0, else b with all other bits flipped; read as a signed integer.
                A bijection that keeps order: -0 is -1, +0 is 0, NaN payloads are integers too. No value needs an escape.
-    value    = zigzag(key(expert) - key(base)), modulo 2^16 (2^32);  zigzag(d) = 2d for d >= 0, -2d - 1 for d < 0
+    d        = key(expert) - key(base), wrapped to a signed number of 16 (32) bits
+    value    = zigzag(d) = 2d for d >= 0, -2d - 1 for d < 0
     token    = value for value < 16, else 16 + 4 * (m - 5) + the two bits under the leading one; m = bit length of value
     raw bits = the other m - 3 bits of a value >= 16, as they are
     context  = by the exponent field of the base weight: neighbouring exponents share a table of token frequencies

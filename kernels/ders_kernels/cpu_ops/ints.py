@@ -18,6 +18,37 @@ from .floats import bf16_bits, bf16_value
 _SIGN = np.uint32(0x80000000)
 
 
+@njit(nogil=True, cache=True, fastmath={"reassoc"})
+def _energy(d):
+    """sum(d^2) in fp64. `reassoc` only lets the compiler add in lanes: each product is exact."""
+    total = 0.0
+    for i in range(d.size):
+        total += np.float64(d[i]) * np.float64(d[i])
+    return total
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc"})
+def _sign_codes(d, draws, codes):
+    """The codes of 1 bit, written; sum(level * d) = sum|d|."""
+    total = 0.0
+    for i in range(d.size):
+        codes[i] = np.uint8((d[i] > 0) | ((d[i] == 0) & (draws[i] < _SIGN)))
+        total += np.float64(abs(d[i]))
+    return total
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc"})
+def _midrise_codes(d, draws, inverse, codes):
+    """The codes of 2 bits, written; sum(level * d)."""
+    total = 0.0
+    for i in range(d.size):
+        positive = np.uint8((d[i] > 0) | ((d[i] == 0) & (draws[i] < _SIGN)))
+        large = np.uint8(abs(d[i]) * inverse >= np.float32(1))
+        codes[i] = np.uint8(1) + positive + positive * large - (np.uint8(1) - positive) * large
+        total += np.float64(abs(d[i])) * (0.5 + large)
+    return total
+
+
 @njit(nogil=True, cache=True)
 def encode(delta, draws, bits, group, packed, scales):
     """fp32 [rows, in], uint32 [rows, in] (only read at 1 and 2 bits) -> uint8 [rows, bytes], uint16 [rows, groups]."""
@@ -46,19 +77,9 @@ def encode(delta, draws, bits, group, packed, scales):
             inverse = np.float32(1.5) / most if most > 0 else np.float32(0)
             if not np.isfinite(inverse):
                 inverse = np.float32(0)
-            energy, against = 0.0, 0.0
-            for i in range(begin, end):
-                positive = d[i] > 0 or (d[i] == 0 and draws[row, i] < _SIGN)
-                if bits == 1:
-                    code, level = (1, 1.0) if positive else (0, -1.0)
-                else:
-                    large = abs(d[i]) * inverse >= np.float32(1)
-                    code = (3 if large else 2) if positive else (0 if large else 1)
-                    level = code - 1.5
-                codes[i] = np.uint8(code)
-                energy += np.float64(d[i]) * np.float64(d[i])
-                against += level * np.float64(d[i])
-            scales[row, g] = bf16_bits(np.float32(energy / against)) if against > 0 else np.uint16(0)
+            part, drawn, coded = d[begin:end], draws[row, begin:end], codes[begin:end]
+            against = _sign_codes(part, drawn, coded) if bits == 1 else _midrise_codes(part, drawn, inverse, coded)
+            scales[row, g] = bf16_bits(np.float32(_energy(part) / against)) if against > 0 else np.uint16(0)
         pack_row(codes, bits, packed[row])
 
 

@@ -31,7 +31,7 @@ class Base(ABC):
     def rows(self, group: ExpertGroup, rows: slice, read: ReadExpert) -> np.ndarray:
         """Stored bits [rows, in] of the base; read(i, rows) gives those of expert i."""
 
-    def check(self, group: ExpertGroup) -> None:
+    def check(self, group: ExpertGroup) -> None:  # noqa: B027: nothing can be wrong with a mean
         """Raise what `rows` would, from headers alone."""
 
 
@@ -75,7 +75,7 @@ class DenseBase(Base):
     """The dense checkpoint's FFN; where its dtype differs it is rounded to the experts'."""
 
     def __init__(self, folder: Path):
-        self._reader = CheckpointReader(folder)
+        self.folder, self._reader = folder, CheckpointReader(folder)
         self.label = f"dense:{folder.resolve().name}"
 
     def _view(self, group: ExpertGroup) -> MatrixView:

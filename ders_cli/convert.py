@@ -9,37 +9,28 @@ at its first unfinished shard and gives the bytes of an undisturbed one; so do a
 
 import hashlib
 import json
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from blake3 import blake3
-from ders_kernels.counter_rng import make_key
-from ders_kernels.cpu_ops import floats, sums
 
 from . import __version__
-from .base import MEAN_BYTES, Base, MeanBase, make_base
+from .base import Base, DenseBase, make_base
 from .checkpoint.manifest import MANIFEST, file_names, index_text, manifest_text, write_file
 from .checkpoint.reader import INDEX
 from .checkpoint.tensor import TensorSpec
 from .checkpoint.writer import ShardWriter
-from .codecs.base import NonFiniteError, Parts
-from .describe import config_text, describe, group_entry, planned_manifest_bytes
+from .convert_group import convert_group
+from .describe import config_text, describe, planned_manifest_bytes
 from .engines import local
-from .errors import CheckpointError, UnsupportedError, UsageError
-from .layouts import ExpertGroup
+from .errors import UnsupportedError, UsageError
 from .output import RESULT, Options, begin, carry, check_space, copy_file, publish, refuse_occupied
 from .plan import GUARD_TEXT, Plan, ShardPlan, Unit, make_plan
 from .recipe import Recipe
 from .report import Progress, human_bytes, shown
-from .source import BLOCK_WEIGHTS, DersSource, Source, row_blocks
-
-ReadRows = Callable[[int, slice], np.ndarray]  # (expert, rows) -> stored bits
-
+from .source import DersSource, Source
 
 @dataclass(frozen=True)
 class Conversion:
@@ -71,21 +62,26 @@ class Conversion:
 
 def prepare(source: Source, recipe: Recipe, out: Path, options: Options) -> Conversion:
     """Everything that can be refused is refused here, before a byte is written."""
+    inputs = [source.reader.folder]
     if isinstance(source, DersSource):
         if not source.lossless:
             raise UsageError(
                 f"{source.reader.folder}: its deltas are lossy already; convert the original model, or its `ders decompose`"
             )
         base, kept = None, source.manifest["recipe"]
+        if recipe.base not in ("mean", kept["base"]) or recipe.shared > kept["shared"]:
+            raise UsageError(f"{source.reader.folder}: was decomposed with base {kept['base']}; --base and --shared go with the original model")
         recipe = recipe.model_copy(update={"base": kept["base"], "shared": kept["shared"]})
     else:
         base = make_base(recipe.base)
+        inputs += [base.folder] if isinstance(base, DenseBase) else []
         recipe = recipe.model_copy(update={"base": base.label})
-    if source.reader.config.get("quantization_config", {}).get("quant_method", "ders") != "ders":
-        method = source.reader.config["quantization_config"]["quant_method"]
+    quantised = source.reader.config.get("quantization_config")
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+    if method not in (None, "ders"):
         raise UnsupportedError(f"{source.reader.folder}: quantised by {method!r}; dequantise it to bf16 first")
     plan = make_plan(source, recipe, base, options.max_shard_bytes)
-    refuse_occupied(out, options)
+    refuse_occupied(out, options, *inputs)
     if options.max_memory is not None:
         options = replace(options, jobs=_jobs_within(plan, options))
     return Conversion(source, recipe, base, plan, out, options)
@@ -103,7 +99,7 @@ def _jobs_within(plan: Plan, options: Options) -> int:
 def run(conversion: Conversion) -> dict[str, Any]:
     """Write OUT; returns ders.json's content. On any error OUT does not come to be."""
     source, plan, options = conversion.source, conversion.plan, conversion.options
-    check_space(conversion.out, conversion.totals()["output_bytes"])
+    check_space(conversion.out, conversion.totals()["output_bytes"] - plan.stream_bound)
     folder = begin(conversion.out, options, _fingerprint(conversion))
     total = plan.expert_bytes + sum(spec.nbytes for spec in source.copied.values())
     with shown(f"writing {conversion.out.name}", total, options.quiet) as progress:
@@ -142,7 +138,7 @@ def _shard(conversion: Conversion, shard: ShardPlan, folder: Path, progress: Pro
         tasks = [partial(_copy, conversion.source, writer, name, progress) for name in shard.copied]
         spools = [folder / f"{shard.file}.{number}.spool" for number in range(len(shard.units))]
         tasks += [
-            partial(_convert_group, conversion, unit, writer, spool, progress)
+            partial(convert_group, conversion.source, conversion.base, conversion.recipe.seed, unit, writer, spool, progress)
             for unit, spool in zip(shard.units, spools, strict=True)
         ]
         for name in shard.guards:
@@ -175,114 +171,3 @@ def _append_stream(writer: ShardWriter, unit: Unit, spool: Path) -> None:
             spec = TensorSpec((spool.stat().st_size,), "U8")
             writer.append(name, spec, (np.frombuffer(data, np.uint8) for data in iter(partial(file.read, 4 << 20), b"")))
         spool.unlink()
-
-
-def _convert_group(
-    conversion: Conversion, unit: Unit, writer: ShardWriter, spool: Path, progress: Progress
-) -> dict[str, Any]:
-    """Code one group, block by block; its entry for ders.json."""
-    source, group, codec = conversion.source, unit.group, unit.codec
-    experts, (out, width) = len(group.members), group.shape
-    together = codec.block_rows(group.shape)
-    keys = [make_key(conversion.recipe.seed, group.name, label) for label, _ in group.members]
-    came, restored = [blake3() for _ in keys], [blake3() for _ in keys]
-    totals, worst = np.zeros((experts, len(sums.NAMES))), np.zeros(experts, np.float32)
-    stream = spool.open("wb") if codec.lossless else None
-    for number, rows in enumerate(row_blocks(group.shape, together or _block_rows(group))):
-        read = _held_reader(source, group, rows)
-        base = _base_rows(conversion, group, rows, read)
-        writer.write(f"{group.name}.base", rows.start * base[:1].nbytes, base)
-        for i in range(experts):
-            expert = read(i, rows)
-            came[i].update(expert.reshape(-1).view(np.uint8))
-            try:
-                parts = codec.encode_expert(expert, base, group.dtype, keys[i], rows.start)
-            except NonFiniteError as error:
-                raise _name_nonfinite(error, group, rows, read) from None
-            if stream is not None:
-                chunk = parts.pop("stream")
-                end = stream.tell() + chunk.nbytes
-                chunks = -(-out // together)
-                extent = np.array([stream.tell(), end], np.int64)
-                writer.write(f"{group.name}.delta.extents", (i * chunks + number) * extent.nbytes, extent)
-                stream.write(chunk)
-            else:
-                _write_parts(writer, unit, i, rows, parts)
-                coded = codec.decode_expert(parts, base, group.dtype, keys[i], rows.start)
-                restored[i].update(coded.reshape(-1).view(np.uint8))
-                _add_differences(group, expert, coded, base, totals[i], worst[i : i + 1])
-            progress.advance(expert.nbytes)
-        del read, base
-    if stream is not None:
-        stream.close()
-        restored = came
-    if not np.isfinite(worst).all():
-        label = group.members[int(np.argmin(np.isfinite(worst)))][0]
-        raise CheckpointError(f"{group.name}, expert {label}: coded by {codec.term} it passes the range of {group.dtype}; use exact")
-    return group_entry(unit, [h.hexdigest() for h in came], [h.hexdigest() for h in restored], totals, worst)
-
-
-def _block_rows(group: ExpertGroup) -> int:
-    """Rows of a block: about BLOCK_WEIGHTS of one expert, fewer where all experts' rows would not fit MEAN_BYTES."""
-    row_bytes = TensorSpec((1, group.shape[1]), group.dtype).nbytes * len(group.members)
-    return max(1, min(BLOCK_WEIGHTS // group.shape[1], MEAN_BYTES // row_bytes))
-
-
-def _held_reader(source: Source, group: ExpertGroup, block: slice) -> ReadRows:
-    """read(i, rows) that keeps the block's rows where they fit in memory: the mean needs them, and then the encoding."""
-    fits = TensorSpec((block.stop - block.start, group.shape[1]), group.dtype).nbytes * len(group.members) <= MEAN_BYTES
-    held: dict[int, np.ndarray] = {}
-
-    def read(i: int, rows: slice) -> np.ndarray:
-        if rows != block or not fits:
-            return source.read(group, i, rows)
-        if i not in held:
-            held[i] = source.read(group, i, rows)
-        return held[i]
-
-    return read
-
-
-def _base_rows(conversion: Conversion, group: ExpertGroup, rows: slice, read: ReadRows) -> np.ndarray:
-    if conversion.base is None:
-        return conversion.source.read_base(group, rows)
-    step = _block_rows(group) if isinstance(conversion.base, MeanBase) else rows.stop - rows.start
-    if step >= rows.stop - rows.start:
-        return conversion.base.rows(group, rows, read)
-    starts = range(rows.start, rows.stop, step)
-    return np.concatenate([conversion.base.rows(group, slice(r, min(rows.stop, r + step)), read) for r in starts])
-
-
-def _write_parts(writer: ShardWriter, unit: Unit, member: int, rows: slice, parts: Parts) -> None:
-    for part, data in parts.items():
-        name = f"{unit.group.name}.delta.{part}"
-        one = writer.tensors[name].nbytes // len(unit.group.members)
-        skipped = 0 if part in unit.codec.whole else rows.start * (one // unit.group.shape[0])
-        writer.write(name, member * one + skipped, data)
-
-
-def _add_differences(
-    group: ExpertGroup, expert: np.ndarray, coded: np.ndarray, base: np.ndarray, totals: np.ndarray, worst: np.ndarray
-) -> None:
-    """Add a block's sums [6] and keep its largest difference [1]."""
-    rows = np.empty((expert.shape[0], len(sums.NAMES)))
-    most = np.empty(expert.shape[0], np.float32)
-    sums.differences(*(floats.widen(bits, group.dtype) for bits in (expert, coded, base)), rows, most)
-    finite = np.isfinite(rows).all()
-    worst[0] = np.maximum(worst[0], most.max()) if finite else np.inf
-    if finite:
-        totals += [math.fsum(column) for column in rows.T]
-
-
-def _name_nonfinite(error: NonFiniteError, group: ExpertGroup, block: slice, read: ReadRows) -> CheckpointError:
-    """Whose NaN or infinity it is: an expert's, or the base's."""
-    for i, (_, view) in enumerate(group.members):
-        value = floats.widen(read(i, block)[error.row - block.start, error.column : error.column + 1], group.dtype)[0]
-        if not np.isfinite(value):
-            return CheckpointError(
-                f"{view.tensor}: {value} at [{error.row}, {error.column}] of expert {group.members[i][0]}'s "
-                f"{group.projection} matrix {list(group.shape)}; only --delta exact keeps such values"
-            )
-    return CheckpointError(
-        f"{group.name}: base and difference from it pass the range of fp32 at [{error.row}, {error.column}]; use --delta exact"
-    )

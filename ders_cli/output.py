@@ -50,12 +50,19 @@ def check_space(out: Path, needed: int) -> None:
         raise DersError(f"{parent}: {human_bytes(needed)} needed, {human_bytes(free)} free")
 
 
-def refuse_occupied(out: Path, options: Options) -> None:
-    """Raise UsageError if something stands where the output goes and may not be replaced."""
+def refuse_occupied(out: Path, options: Options, *inputs: Path) -> None:
+    """Raise UsageError if something stands where the output goes and may not be replaced; an input never may."""
+    place = out.resolve()
+    for path in (path.resolve() for path in inputs):
+        if place == path or place in path.parents:
+            raise UsageError(f"{out}: the input {path} stands there; -o names another place")
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: a file stands here; expected a folder to write")
-    if out.exists() and any(out.iterdir()) and not options.overwrite:
-        raise UsageError(f"{out}: exists and is not empty; --overwrite replaces it, -o names another place")
+    if out.exists() and any(out.iterdir()):
+        if not options.overwrite:
+            raise UsageError(f"{out}: exists and is not empty; --overwrite replaces it, -o names another place")
+        if not (out / "config.json").is_file():
+            raise UsageError(f"{out}: is no checkpoint (it has no config.json), so --overwrite does not delete it; remove it yourself")
     partial = out.with_name(out.name + ".partial")
     if partial.exists() and not options.resume and not options.overwrite:
         raise UsageError(f"{partial}: an unfinished run stands here; --resume continues it, --overwrite starts again")
@@ -63,7 +70,6 @@ def refuse_occupied(out: Path, options: Options) -> None:
 
 def begin(out: Path, options: Options, fingerprint: dict[str, str]) -> Path:
     """An empty OUT.partial, or the one to resume: begun with the same fingerprint, else UsageError says what differs."""
-    refuse_occupied(out, options)
     folder = out.with_name(out.name + ".partial")
     if folder.exists() and options.resume:
         found = json.loads((folder / MARK).read_text()) if (folder / MARK).exists() else {}

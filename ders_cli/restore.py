@@ -19,7 +19,7 @@ from .checkpoint.writer import ShardWriter, header_text
 from .engines import local
 from .errors import CheckpointError, UsageError
 from .layouts import ExpertGroup, MatrixView
-from .output import Options, begin, carry, check_space, copy_file, publish
+from .output import Options, begin, carry, check_space, copy_file, publish, refuse_occupied
 from .report import Progress, shown
 from .source import DersSource
 
@@ -41,6 +41,7 @@ def planned_restore(source: DersSource) -> dict[str, Any]:
 
 def restore(source: DersSource, out: Path, options: Options) -> dict[str, Any]:
     """Write the plain checkpoint; returns the bytes written. Raises CheckpointError where a hash does not match."""
+    refuse_occupied(out, options, source.reader.folder)
     totals = planned_restore(source)
     check_space(out, totals["output_bytes"])
     folder = begin(out, options, _fingerprint(source))

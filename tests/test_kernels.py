@@ -160,9 +160,22 @@ def test_integers_decode_every_code(bits):
     assert bits > 1 or np.isfinite(out).all()
 
 
+@pytest.mark.parametrize("bits", range(3, 9))
+def test_integers_halfway(bits):
+    """With a scale of just 1, halves go to the even code; -max|d| is a code of its own, not clipped."""
+    top = (1 << bits - 1) - 1
+    d = np.arange(-top, top + 0.5, 0.5, dtype=np.float32)[None]
+    packed, scales = np.full((1, code_bytes(d.size, bits)), 0xFF, np.uint8), np.full((1, 1), NAN, np.uint16)
+    ints.encode(d, np.empty((0, d.size), np.uint32), bits, d.size, packed, scales)
+    codes, scale = reference.encode_int(torch.from_numpy(d), torch.zeros(d.shape), bits, d.size)
+    assert scales.item() == bits_of(scale).item() == 0x3F80
+    assert (packed == reference.pack_codes(codes, bits).numpy()).all()
+    assert codes[0].tolist() == [round(value) + top + 1 for value in d[0].tolist()]
+
+
 def keys_of(kind, shape):
-    keys = select.magnitudes(matrix(kind, shape))
-    return keys, torch.from_numpy(keys.astype(np.int64))
+    d = matrix(kind, shape)
+    return select.magnitudes(d), torch.from_numpy(d).abs()
 
 
 @SHAPED

@@ -28,7 +28,7 @@ def test_same_bytes(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert run("j2", source, "-j", 2) == first
     assert run("j7", source, "-j", 7) == first
     for weights in (40, 97, 1 << 30):
-        monkeypatch.setattr("ders_cli.convert.BLOCK_WEIGHTS", weights)
+        monkeypatch.setattr("ders_cli.convert_group.BLOCK_WEIGHTS", weights)
         assert run(f"blocks{weights}", source, "-j", 2) == first
     monkeypatch.undo()
     resharded = tmp_path / "resharded"

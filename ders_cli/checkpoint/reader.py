@@ -10,7 +10,7 @@ The file format (https://github.com/huggingface/safetensors, "Format"): u64 head
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .. import options as o
+from ..errors import UsageError
 
 SCHEMA = 1
 
@@ -29,13 +30,13 @@ def demo(
         ders demo --steps 60 -o /scratch/demo
     """
     from ..demonstration import demonstrate, table
-    from ..output import Options, refuse_occupied
     from ..report import print_table
 
-    refuse_occupied(output, Options(overwrite=overwrite))
-    if output.exists():
-        shutil.rmtree(output)
-    output.mkdir(parents=True)
+    if output.exists() and any(output.iterdir()) and not overwrite:
+        raise UsageError(f"{output}: exists and is not empty; --overwrite replaces the demo's models in it")
+    output.mkdir(parents=True, exist_ok=True)
+    for folder in [output / "dense", *output.glob("moe*")]:
+        shutil.rmtree(folder, ignore_errors=True)
 
     def say(line: str) -> None:
         if not quiet:

@@ -20,14 +20,13 @@ def restore(
         ders restore mixtral-ders-int4 -o mixtral-again
     """
     from .. import restore as action
-    from ..output import Options, refuse_occupied
+    from ..output import Options
     from ..source import open_source
 
     out = output or model.absolute().with_name(f"{model.absolute().name}-restored")
     options = Options(jobs or o.default_jobs(), overwrite=overwrite, resume=resume, quiet=quiet)
     with open_source(model) as source:
         ders = action.require_ders(source, model)
-        refuse_occupied(out, options)
         plan = action.planned_restore(ders) if dry_run else action.restore(ders, out, options)
     document = {"schema": SCHEMA, "command": "restore", "output": str(out), "dry_run": dry_run, "plan": plan}
     if as_json:

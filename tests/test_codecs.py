@@ -321,8 +321,9 @@ def test_a_config_that_no_version_wrote(config):
 @pytest.mark.parametrize(
     ("term", "part", "bit"),
     [
-        ("top0.5", "bitmap", 60), ("top0.5", "bitmap", 63), ("top0.1", "high", 0), ("2:4", "bitmap", 1), ("2:4", "bitmap", 63),
-        ("1:3", "bitmap", 60), ("ternary0.3", "high", 1), ("ternary0.05", "high", 7), ("top0.1+int4", "high", 0), ("2:4+int8", "bitmap", 5),
+        ("top0.5", "bitmap", 60), ("top0.5", "bitmap", 63), ("top0.1", "high", 0), ("top0.1+int4", "high", 0),
+        ("2:4", "bitmap", 1), ("2:4", "bitmap", 63), ("2:4+int8", "bitmap", 5), ("1:3", "bitmap", 60),
+        ("ternary0.3", "high", 1), ("ternary0.05", "high", 7),
     ],
 )
 def test_damaged_positions(term, part, bit):

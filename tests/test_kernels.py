@@ -150,7 +150,7 @@ def test_integers(bits, kind, shape):
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_integers_decode_every_code(bits):
-    """Codes that no encoder here writes, such as -128, and scales up to the largest bf16, which +-1 of 1 bit must stand."""
+    """Codes that no encoder here writes, such as -128; scales up to the largest bf16, which 1 bit has to stand."""
     codes = np.random.default_rng(bits).integers(0, 1 << bits, (4, 61), dtype=np.uint8)
     scales = np.array([[0x0000, 0x0001], [0x3F80, 0xBF80], [0x7F7F, 0x0080], [0x7EFF, 0x1234]], np.uint16)
     packed = reference.pack_codes(torch.from_numpy(codes), bits).numpy()
@@ -301,6 +301,18 @@ def test_error_sums(kind, shape):
     cross_size = (abs(original).astype(np.float64) * abs(coded)).sum(axis=1)
     sizes = np.stack([weight, delta, error, kept_size, cross_size, own], axis=1)
     assert (abs(found - expected.numpy()) <= shape[1] * 2.0**-52 * sizes).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+def test_error_sums_show_what_is_not_finite(bad):
+    """In the first, a middle and the last column: the row's maximum is inf or NaN, and its sums are; other rows stay."""
+    original, coded, base = (matrix(kind, (4, 61)) for kind in ("gaussian", "half zeros", "outlier"))
+    for row, column in enumerate((0, 33, 60)):
+        coded[row, column] = bad
+    found, worst = np.full((4, 6), np.nan), np.full(4, np.nan, np.float32)
+    sums.differences(original, coded, base, found, worst)
+    same(worst, reference.error_sums(*(torch.from_numpy(x) for x in (original, coded, base)))[1])
+    assert np.isfinite(worst).tolist() == np.isfinite(found[:, 2]).tolist() == [False, False, False, True]
 
 
 def test_error_sums_of_a_row_do_not_depend_on_the_block():

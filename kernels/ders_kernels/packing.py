@@ -142,7 +142,7 @@ def pack_positions(columns: np.ndarray, m: int, unused: bool) -> dict[str, np.nd
 
 
 def unpack_positions(parts: dict[str, np.ndarray], n: int, m: int, unused: bool, first_row: int = 0) -> np.ndarray:
-    """uint8 parts -> int32 [rows, n]. Raises ValueError naming the row, counted from first_row, whose bits are no such set."""
+    """uint8 parts -> int32 [rows, n]. Raises ValueError naming the row (from first_row on) whose bits are no such set."""
     if "bitmap" in parts:
         bits = np.unpackbits(parts["bitmap"], axis=1, bitorder="little")
         counts = bits.sum(axis=1, dtype=np.int64)

@@ -190,7 +190,7 @@ def test_largest(kind, shape):
 
 @pytest.mark.parametrize("steps", [1, 1 << 10, 1 << 21, (1 << 21) + (1 << 10) + 1])
 def test_largest_of_keys_that_differ_in_few_bits(steps):
-    """The threshold is found in passes of 11, 11 and 10 bits: keys that differ in the lowest, the middle, the highest, all."""
+    """The threshold takes passes of 11, 11 and 10 bits: keys that differ in the lowest, the middle, the highest, in all."""
     keys = (np.random.default_rng(1).integers(0, 1000, (6, 200)) * steps).astype(np.uint32)
     keys[1] = draw(3, 0, 200)
     keys[2, :100] = 0xFFFFFFFF

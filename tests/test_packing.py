@@ -169,7 +169,7 @@ def test_positions_that_are_no_set(row, unused):
         unpack_positions({"low": low.numpy(), "high": high.numpy()}, 3, 41, unused)
 
 
-@pytest.mark.parametrize("bits", [[0], [3], [61], [0, 63]], ids=["too few", "too many", "beyond the row", "moved beyond the row"])
+@pytest.mark.parametrize("bits", [[0], [3], [61], [0, 63]], ids=["too few", "too many", "beyond the row", "moved there"])
 def test_damaged_bitmap(bits):
     columns = np.tile(np.arange(0, 61, 2, dtype=np.int32), (3, 1))
     parts = pack_positions(columns, 61, False)

@@ -1,5 +1,6 @@
 """Codecs: what stands in for a delta. Each file here offers one class as `CODEC`; base.py has the contract."""
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -37,6 +38,9 @@ def codec_from_config(config: dict[str, Any]) -> DeltaCodec:
         codec = CODECS[fields.pop("codec")]
         if codec is ChainCodec:
             return ChainCodec(codec_from_config(fields.pop("first")), codec_from_config(fields.pop("then")))
+        for field in dataclasses.fields(codec):
+            if type(fields[field.name]) not in ((int,) if field.type in (int, "int") else (int, float)):
+                raise TypeError(f"{field.name}: expected a number, found {fields[field.name]!r:.40}")
         return codec(**fields)
     except (KeyError, TypeError, AttributeError, UsageError) as error:
         raise CheckpointError(f"ders.json: codec {config!r:.120}: not understood ({error})") from None

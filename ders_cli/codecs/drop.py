@@ -37,7 +37,7 @@ class DropCodec(SelectiveCodec):
 
     @property
     def term(self) -> str:
-        return f"drop{self.rate:g}"
+        return f"drop{np.format_float_positional(self.rate, trim='-')}"
 
     def kept(self, width: int) -> int:
         return max(1, round((1 - self.rate) * width))

@@ -9,7 +9,7 @@ from ders_kernels.cpu_ops import floats, lowrank
 
 from ..checkpoint.tensor import TensorSpec
 from ..errors import UsageError
-from .base import DeltaCodec, Parts
+from .base import DeltaCodec, NonFiniteError, Parts
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,10 @@ class RankCodec(DeltaCodec):
         return {"left": TensorSpec((shape[0], r), "BF16"), "right": TensorSpec((r, shape[1]), "BF16")}
 
     def encode(self, delta: np.ndarray, key: int, row: int) -> Parts:
-        left, right = lowrank.factors(delta, min(self.rank, *delta.shape), key)
+        try:
+            left, right = lowrank.factors(delta, min(self.rank, *delta.shape), key)
+        except np.linalg.LinAlgError:  # products of the largest fp32 numbers overflow
+            raise NonFiniteError(row, 0) from None
         return {"left": floats.narrow(left, "BF16"), "right": floats.narrow(right, "BF16")}
 
     def decode(self, parts: Parts, shape: tuple[int, int], key: int, row: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from ders_kernels.packing import code_bytes, pack_positions, position_bytes, unp
 
 from ..checkpoint.tensor import TensorSpec
 from ..errors import UsageError
-from .base import DeltaCodec, Parts
+from .base import DeltaCodec, NonFiniteError, Parts
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TernaryCodec(DeltaCodec):
 
     @property
     def term(self) -> str:
-        return f"ternary{self.density:g}"
+        return f"ternary{np.format_float_positional(self.density, trim='-')}"
 
     def slots(self, width: int) -> int:
         """Entries that a row of `width` has room for."""
@@ -54,6 +54,8 @@ class TernaryCodec(DeltaCodec):
         columns = np.empty((rows, self.slots(width)), np.int32)
         negative, scale = np.empty(columns.shape, np.uint8), np.empty((rows, 1), np.uint16)
         ternary.encode(delta, draw(key, row, rows), columns, negative, scale[:, 0])
+        if (scale >= 0x7F80).any():  # mean|d| / density is past bf16
+            raise NonFiniteError(row + int((scale >= 0x7F80).argmax()), 0)
         signs = np.packbits(negative, axis=1, bitorder="little")
         return pack_positions(columns, width, unused=True) | {"negative": signs, "scale": scale}
 

@@ -36,7 +36,7 @@ class TopCodec(SelectiveCodec):
 
     @property
     def term(self) -> str:
-        return f"top{self.density:g}"
+        return f"top{np.format_float_positional(self.density, trim='-')}"
 
     def kept(self, width: int) -> int:
         return max(1, round(self.density * width))

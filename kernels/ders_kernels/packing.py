@@ -8,7 +8,7 @@ bits fill whole 32-bit words, the bytes are those of compressed-tensors' `weight
   Elias-Fano  the low l bits of each column as codes of l bits ("low"), and a bit string ("high") of
               n + (m >> l) + 1 bits in which bit (column_i >> l) + i is set for the i-th column.
 l is the smallest of those that make n*l + n + (m >> l) + 1 least. The size depends on n and m alone, and is within
-half a bit per position of the least that any code needs (Elias 1974, Fano 1971).
+0.6 bits per position of the least that any code needs (Elias 1974, Fano 1971).
 """
 
 import numpy as np

@@ -70,7 +70,7 @@ def make_dense(folder: Path) -> None:
 
 
 def make_moe(
-    dense: Path, folder: Path, steps: int = 20, seed: int = 0, progress: Progress = lambda kind, done, total: None
+    dense: Path, folder: Path, steps: int = 15, seed: int = 0, progress: Progress = lambda kind, done, total: None
 ) -> dict[str, Any]:
     """Upcycle a dense Llama folder into a Mixtral-layout MoE in two shards (0.75 GB), one expert per kind of text.
 

@@ -1,6 +1,7 @@
 """ders demo"""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ SCHEMA = 1
 
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the models that the demo makes (about 3 GB).")] = Path("ders-demo"),
-    steps: Annotated[int, typer.Option("--steps", help="Training steps of each expert.", min=1)] = 20,
+    steps: Annotated[int, typer.Option("--steps", help="Training steps of each expert.", min=1)] = 15,
     seed: o.SEED = None, jobs: o.JOBS = None, overwrite: o.OVERWRITE = False, quiet: o.QUIET = False, as_json: o.JSON = False,
 ) -> None:
     """Make a real small MoE, convert it four ways, verify, restore, and print size and loss of each.
@@ -29,6 +30,7 @@ def demo(
 
         ders demo --steps 60 -o /scratch/demo
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin at barriers starve on a shared machine
     from ..demonstration import demonstrate, table
     from ..report import print_table
 

@@ -9,7 +9,7 @@ rounded to bf16 at the end. Routing is not trained (the routers are seeded noise
 model than the dense one. Its experts are: each is measured as the dense model's FFN, by the mean next-token loss in
 nats on text of its kind that no training saw.
 
-On 2 cores of an AMD EPYC with AVX512-BF16: 20 s for the dense model, 2 minutes for the MoE (longer where the CPU has
+On 2 cores of an AMD EPYC with AVX512-BF16: 20 s for the dense model, 2 minutes for the MoE (longer where a CPU has
 no fast bf16), 8 s for the losses of one checkpoint; 3.5 GB of memory. The same machine and versions, the same bytes.
 """
 

@@ -225,3 +225,20 @@ def test_real_model(tmp_path):
     before = demo.dense_losses(tmp_path / "dense", tokens)
     after = demo.expert_losses(tmp_path / "dense", tmp_path / "yaml", tokens)
     assert after[0] < before[0] - 0.05
+
+
+def test_command(dense, tmp_path, monkeypatch):
+    """The whole demo on the tiny model: one document, four codecs, exact with the full experts' loss to the bit."""
+    import shutil
+
+    from command import ders, done
+
+    monkeypatch.setattr(demo, "make_dense", lambda folder: shutil.copytree(dense, folder))
+    result = done("demo", "-o", tmp_path / "models", "--steps", 1, "--json", "-q").json
+    assert result["schema"] == 1 and [row["delta"] for row in result["rows"]] == ["exact", "int4", "int1", "ternary0.02"]
+    assert result["rows"][0]["equal"] and result["rows"][0]["losses"] == result["losses"]["full"]
+    assert all(row["weight_error"] > 0 for row in result["rows"][1:])
+
+    assert ders("demo", "-o", tmp_path / "models").code == 2  # not empty
+    table = done("demo", "-o", tmp_path / "models", "--steps", 1, "-q", "--overwrite").out
+    assert "ternary0.02" in table and "Training was short: 1 steps of 512 tokens" in table

@@ -22,7 +22,7 @@ def demo(
 ) -> None:
     """Make a real small MoE, convert it four ways, verify, restore, and print size and loss of each.
 
-    Takes about five minutes on two cores. The experts' training is short: enough to show what conversion keeps.
+    Takes about four minutes on two cores. The experts' training is short: enough to show what conversion keeps.
 
     Examples:
 

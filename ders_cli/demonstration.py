@@ -66,16 +66,20 @@ def _convert(folder: Path, moe: Path, dense: Path, delta: str, tokens: Any, jobs
     }
 
 
+def _worst(losses: list[float], full: list[float]) -> str:
+    return f"{max(loss - least for loss, least in zip(losses, full, strict=True)):+.4f}"
+
+
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the demo's one table."""
     dense, full = mean(result["losses"]["dense"]), mean(result["losses"]["full"])
     source = result["rows"][0]["source_bytes"]
-    header = ["", "bytes", "of the MoE", "bits per delta weight", "weight error", "loss", "above full experts"]
-    rows = [["dense model alone", "", "", "", "", f"{dense:.4f}", f"{dense - full:+.4f}"],
-            ["MoE, full experts", f"{source:,}", "100.0%", "16", "0", f"{full:.4f}", "0"]]
+    header = ["", "bytes", "of the MoE", "bits per delta weight", "weight error", "loss", "above full experts", "worst expert"]
+    rows = [["dense model alone", "", "", "", "", f"{dense:.4f}", f"{dense - full:+.4f}", _worst(result["losses"]["dense"], result["losses"]["full"])],
+            ["MoE, full experts", f"{source:,}", "100.0%", "16", "0", f"{full:.4f}", "0", "0"]]
     for row in result["rows"]:
         loss = mean(row["losses"])
         error = "0 (same bytes)" if row["equal"] else f"{row['weight_error']:.1e}"
         rows.append([row["delta"], f"{row['bytes']:,}", f"{row['bytes'] / source:.1%}", f"{row['bits']:.3f}", error,
-                     f"{loss:.4f}", f"{loss - full:+.4f}"])
+                     f"{loss:.4f}", f"{loss - full:+.4f}", _worst(row["losses"], result["losses"]["full"])])
     return header, rows

@@ -31,6 +31,7 @@ class Source(ABC):
     copied: dict[str, TensorSpec]  # tensors that are no experts, natural order of the file
     aliases: dict[str, str]  # their canonical names, where these differ
     activation: str
+    shared: bool  # a shared expert is in the groups
 
     @abstractmethod
     def read(self, group: ExpertGroup, member: int, rows: slice) -> np.ndarray:
@@ -66,7 +67,7 @@ class PlainSource(Source):
         except BaseException:
             self.reader.close()
             raise
-        self.layout, self.groups, self.activation = layout, layout.groups, layout.activation
+        self.layout, self.groups, self.activation, self.shared = layout, layout.groups, layout.activation, shared
         experts = {view.tensor for group in self.groups for _, view in group.members}
         self.copied = {name: spec for name, spec in self.reader.tensors.items() if name not in experts}
         self.aliases = dict(layout.aliases)
@@ -93,7 +94,7 @@ class DersSource(Source):
         own = {name for group in self.groups for name in self.part_specs(group)} | set(self.manifest["guards"])
         self.copied = {name: spec for name, spec in self.reader.tensors.items() if name not in own}
         self.aliases = self.manifest["source"]["aliases"]
-        self.seed = self.manifest["recipe"]["seed"]
+        self.seed, self.shared = self.manifest["recipe"]["seed"], self.manifest["recipe"]["shared"]
 
     @property
     def lossless(self) -> bool:

@@ -175,7 +175,7 @@ def test_every_expert_is_measured_on_its_own_text(dense, untrained_moe, short_te
 
 
 def test_texts_are_long_enough_for_the_default_steps():
-    # 20 steps of 512 tokens from four fifths of each text; code has about three characters to a token
+    # 20 steps, 5 more than the default, of 512 tokens, from four fifths of each text; code has 3 characters to a token
     assert {kind: len(text) for kind, text in demo.texts().items() if len(text) < 20 * 512 * 3 * 5 / 4} == {}
 
 

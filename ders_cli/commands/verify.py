@@ -48,7 +48,7 @@ def verify(
         raise UsageError("bounds are on the difference from a reference; give it by --against")
     try:
         with open_source(model, shared) as tested:
-            other = open_source(reference, shared) if reference else None
+            other = open_source(reference, shared or tested.shared) if reference else None
             report = action.verify(tested, other, bounds, hidden, output, tokens, seed or 0, jobs or o.default_jobs(), quiet)
     except DersError as error:
         if junit:

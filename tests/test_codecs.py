@@ -355,3 +355,9 @@ def test_a_column_beyond_the_row_is_damage():
     parts |= pack_positions(columns, 128, unused=True)
     with pytest.raises(CheckpointError, match="^row 101: positions are not 13 ascending columns of 0..127"):
         codec.decode_expert(parts, base, "BF16", KEY, 100)
+
+
+def test_rank_sums_from_plus_zero():
+    """docs/format.md: the sum starts at +0, so a product of -0 decodes to +0."""
+    parts = {"left": np.array([[0x8000]], np.uint16), "right": np.array([[0x3F80]], np.uint16)}
+    assert parse_codec("rank1", 128).decode(parts, (1, 1), 0, 0).view(np.uint32)[0, 0] == 0

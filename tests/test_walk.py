@@ -30,6 +30,8 @@ def test_same_bytes(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for weights in (40, 97, 1 << 30):
         monkeypatch.setattr("ders_cli.convert_group.BLOCK_WEIGHTS", weights)
         assert run(f"blocks{weights}", source, "-j", 2) == first
+    monkeypatch.setattr("ders_cli.convert_group.MEAN_BYTES", 500)  # the mean in steps, experts read one by one
+    assert run("steps", source, "-j", 2) == first
     monkeypatch.undo()
     resharded = tmp_path / "resharded"
     resharded.mkdir()

@@ -1,6 +1,7 @@
 """What compress, decompose, sparsify and quantize have in common: from parsed options to a written report."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from .options import default_jobs, parse_bytes
 from .report import human_bytes, print_table
 
 SCHEMA = 1
+UNLIKE = 0.5  # |delta| / |weight|: below 0.2 for experts of one ancestor, sqrt(1 - 1/E) for independent ones
 
 
 def convert_command(
@@ -36,6 +38,9 @@ def convert_command(
             manifest = convert.run(conversion)
             document |= {"recipe": manifest["recipe"], "bytes": manifest["bytes"], "errors": _worst_errors(manifest)}
             document["output_bytes"] = sum(path.stat().st_size for path in out.iterdir())
+            document["warnings"] = _warnings(manifest)
+            for warning in document["warnings"]:
+                print(f"ders: warning: {warning}", file=sys.stderr)
     if as_json:
         print(json.dumps(document, indent=1))
     elif dry_run:
@@ -57,6 +62,20 @@ def _worst_errors(manifest: dict[str, Any]) -> dict[str, dict[str, float]]:
             "delta_worst": max(error["delta"] for error in errors), "max_abs": max(error["max_abs"] for error in errors),
         }
     return found
+
+
+def _warnings(manifest: dict[str, Any]) -> list[str]:
+    """What the numbers say against this conversion: experts that are not alike."""
+    members = [member["error"] for entry in manifest["groups"] for member in entry["members"]]
+    sizes = [error["weight"] / error["delta"] for error in members if error["delta"] > 0]  # |D| / |W|
+    if sizes and sum(sizes) / len(sizes) > UNLIKE:
+        share = f"{sum(sizes) / len(sizes):.0%}"
+        return [f"these experts are not alike: their deltas are {share} as large as the weights. Lossy deltas ruin such a model; "
+                "it was hardly upcycled from one dense model. Keep the original"]
+    bits, width = manifest["bytes"]["bits_per_delta_weight"], 32 if manifest["groups"][0]["dtype"] == "F32" else 16
+    if not sizes and bits > width / 2:
+        return [f"these experts are not alike: {bits:.1f} of {width} bits per weight are left of their deltas. Exact saves little here"]
+    return []
 
 
 def _print_plan(document: dict[str, Any]) -> None:
@@ -85,7 +104,7 @@ def _print_summary(document: dict[str, Any]) -> None:
     if all(error["weight_worst"] == 0 for error in errors.values()):
         print("Exact: every expert restores byte for byte (proof: ders verify).")
         if stored >= 0.98 * size["experts"]:
-            print("These experts share too little: this saves next to nothing. Keep the original.")
+            print("Base and deltas are about as large as the experts were: this saves nothing. Keep the original.")
         return
     rows = [[name, f"{e['weight_mean']:.2e}", f"{e['weight_worst']:.2e}", f"{e['max_abs']:.2e}"] for name, e in errors.items()]
     print_table("relative weight error", ["projection", "mean", "worst", "largest abs"], rows)

@@ -200,3 +200,18 @@ def test_values_past_the_range_are_named(tmp_path: Path, dtype: torch.dtype, siz
     done("compress", tmp_path / "wild", "--delta", "exact", "-o", tmp_path / "exact", "-q")
     done("restore", tmp_path / "exact", "-o", tmp_path / "plain", "-q")
     assert (tmp_path / "plain" / "model.safetensors").read_bytes() == (tmp_path / "wild" / "model.safetensors").read_bytes()
+
+
+def test_experts_that_are_not_alike(tmp_path: Path) -> None:
+    """Independent experts: a warning for lossy codecs and for exact; none for upcycled ones."""
+    toy.make("mixtral", tmp_path / "native", dtype=torch.bfloat16, hidden_size=64, intermediate_size=128)
+    tensors, random = toy.load_file(tmp_path / "native" / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name in (name for name in tensors if ".experts." in name):
+        tensors[name] = torch.randn(tensors[name].shape, generator=random).bfloat16()
+    toy.save_file(tensors, tmp_path / "native" / "model.safetensors", metadata={"format": "pt"})
+    for delta in ("int4", "exact"):
+        ran = done("compress", tmp_path / "native", "--delta", delta, "-o", tmp_path / delta, "--json")
+        assert "not alike" in ran.err and len(ran.json["warnings"]) == 1
+    toy.make("mixtral", tmp_path / "upcycled", dtype=torch.bfloat16)
+    ran = done("compress", tmp_path / "upcycled", "-o", tmp_path / "out", "--json")
+    assert ran.err == "" and ran.json["warnings"] == []

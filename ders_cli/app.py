@@ -20,7 +20,11 @@ SCHEMA = 1
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
-    name="ders", no_args_is_help=True, context_settings=CONTEXT, pretty_exceptions_enable=False, rich_markup_mode="markdown",
+    name="ders",
+    no_args_is_help=True,
+    context_settings=CONTEXT,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     help="One shared base and light deltas for the experts of an upcycled Mixture-of-Experts checkpoint.",
 )
 

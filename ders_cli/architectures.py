@@ -72,18 +72,47 @@ W132 = ("w1", "w3", "w2")
 
 QWEN = Architecture(
     model_types=(
-        "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_omni_moe",
-        "qwen3_omni_moe_thinker", "qwen3_omni_moe_text", "qwen4_exp", "qwen4_exp_text", "olmoe", "flex_olmo",
-        "deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25", "glm4_moe", "glm4_moe_lite", "glm4v_moe",
-        "glm4v_moe_text", "glm_moe_dsa", "dots1", "cohere2_moe", "afmoe", "mellum", "solar_open", "mimo_v2_flash",
-        "hunyuan_v1_moe", "axk1", "axk2", "flint",
+        "qwen2_moe",
+        "qwen3_moe",
+        "qwen3_next",
+        "qwen3_5_moe",
+        "qwen3_5_moe_text",
+        "qwen3_omni_moe",
+        "qwen3_omni_moe_thinker",
+        "qwen3_omni_moe_text",
+        "qwen4_exp",
+        "qwen4_exp_text",
+        "olmoe",
+        "flex_olmo",
+        "deepseek_v2",
+        "deepseek_v3",
+        "deepseek_v32",
+        "kimi_k2",
+        "kimi_k25",
+        "glm4_moe",
+        "glm4_moe_lite",
+        "glm4v_moe",
+        "glm4v_moe_text",
+        "glm_moe_dsa",
+        "dots1",
+        "cohere2_moe",
+        "afmoe",
+        "mellum",
+        "solar_open",
+        "mimo_v2_flash",
+        "hunyuan_v1_moe",
+        "axk1",
+        "axk2",
+        "flint",
     ),
     module="mlp.experts",
     # the stacked form is also what the hub has of Qwen3.5 and 3.6
     storages=(linears("mlp.experts.{}", *GLU), stacked("mlp.experts")),
     guard="mlp.experts.gate_up_proj",
     shared=(
-        linears("mlp.shared_expert", *GLU), linears("mlp.shared_experts", *GLU), linears("mlp.shared_mlp", *GLU),
+        linears("mlp.shared_expert", *GLU),
+        linears("mlp.shared_experts", *GLU),
+        linears("mlp.shared_mlp", *GLU),
     ),
     source="transformers 5.23 conversion_mapping.py 'qwen2_moe'",
 )
@@ -92,8 +121,11 @@ MIXTRAL = Architecture(
     module="mlp.experts",
     # block_sparse_moe: the original files. mlp: saved as transformers 5 has it in memory, or by other tools.
     storages=(
-        linears("block_sparse_moe.experts.{}", *W132), linears("mlp.experts.{}", *W132),
-        linears("mlp.experts.{}", *GLU), stacked("mlp.experts"), stacked("block_sparse_moe.experts"),
+        linears("block_sparse_moe.experts.{}", *W132),
+        linears("mlp.experts.{}", *W132),
+        linears("mlp.experts.{}", *GLU),
+        stacked("mlp.experts"),
+        stacked("block_sparse_moe.experts"),
     ),
     guard="mlp.experts.gate_up_proj",
     renames=(("block_sparse_moe.", "mlp."),),
@@ -104,16 +136,20 @@ GRANITE = Architecture(
     module="block_sparse_moe.experts",
     storages=(
         Storage(
-            gate="block_sparse_moe.input_linear.weight", up="block_sparse_moe.input_linear.weight",
-            down="block_sparse_moe.output_linear.weight", fusion="concatenated",
+            gate="block_sparse_moe.input_linear.weight",
+            up="block_sparse_moe.input_linear.weight",
+            down="block_sparse_moe.output_linear.weight",
+            fusion="concatenated",
         ),
         stacked("block_sparse_moe.experts"),
     ),
     guard="block_sparse_moe.input_linear.weight",
     shared=(
         Storage(
-            gate="shared_mlp.input_linear.weight", up="shared_mlp.input_linear.weight",
-            down="shared_mlp.output_linear.weight", fusion="concatenated",
+            gate="shared_mlp.input_linear.weight",
+            up="shared_mlp.input_linear.weight",
+            down="shared_mlp.output_linear.weight",
+            fusion="concatenated",
         ),
     ),
     renames=(("block_sparse_moe.router.layer.", "block_sparse_moe.router."),),
@@ -125,28 +161,35 @@ CALCULATOR = "mlp.calculator.experts"
 ARCHITECTURES: tuple[Architecture, ...] = (
     QWEN,
     replace(
-        QWEN, model_types=("ernie4_5_moe",), renames=(("mlp.moe_statics.", "mlp.gate.moe_statics."),),
+        QWEN,
+        model_types=("ernie4_5_moe",),
+        renames=(("mlp.moe_statics.", "mlp.gate.moe_statics."),),
         source="transformers 5.23 conversion_mapping.py 'ernie4_5_moe'",
     ),
     replace(
-        QWEN, model_types=("exaone_moe",),
+        QWEN,
+        model_types=("exaone_moe",),
         renames=(("mlp.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),),
         source="transformers 5.23 conversion_mapping.py 'exaone_moe'",
     ),
     replace(
-        QWEN, model_types=("bailing_hybrid",),
+        QWEN,
+        model_types=("bailing_hybrid",),
         renames=(("mlp.gate.expert_bias", "mlp.gate.e_score_correction_bias"),),
         source="transformers 5.23 conversion_mapping.py 'bailing_hybrid'",
     ),
     replace(
-        QWEN, model_types=("qwen3_vl_moe", "qwen3_vl_moe_text"),
+        QWEN,
+        model_types=("qwen3_vl_moe", "qwen3_vl_moe_text"),
         # the hub has [E, in, out], transformers 5 saves [E, out, in], both under the same names
         storages=(linears("mlp.experts.{}", *GLU), stacked("mlp.experts", either_way=True)),
         source="transformers 5.23 conversion_mapping.py 'qwen3_vl_moe': Transpose(check_dims=True)",
     ),
     MIXTRAL,
     replace(
-        MIXTRAL, model_types=("phimoe",), renames=(("block_sparse_moe.gate.", "mlp.router."),),
+        MIXTRAL,
+        model_types=("phimoe",),
+        renames=(("block_sparse_moe.gate.", "mlp.router."),),
         source="transformers 5.23 conversion_mapping.py 'phimoe'",
     ),
     Architecture(
@@ -171,7 +214,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         # self_attention.experts is a mixture of attention heads, no FFN: left alone
         storages=(
             Storage(
-                gate="mlp.input_linear.weight", up="mlp.input_linear.weight", down="mlp.output_linear.weight",
+                gate="mlp.input_linear.weight",
+                up="mlp.input_linear.weight",
+                down="mlp.output_linear.weight",
                 fusion="concatenated",
             ),
         ),
@@ -211,8 +256,11 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         module="ffn.experts",
         storages=(
             Storage(
-                gate="ffn.experts.mlp.w1", up="ffn.experts.mlp.v1", down="ffn.experts.mlp.w2",
-                transposed=("down",), flattened=True,
+                gate="ffn.experts.mlp.w1",
+                up="ffn.experts.mlp.v1",
+                down="ffn.experts.mlp.w2",
+                transposed=("down",),
+                flattened=True,
             ),
         ),
         guard="ffn.experts.mlp.w1",
@@ -237,8 +285,13 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         # Med-MoE uses MoE-LLaVA's model_types
         model_types=(
-            "moe_llava_stablelm", "moe_llava_phi", "moe_llava_qwen", "moe_llava_qwen1_5", "moe_llava_mistral",
-            "moe_llava_minicpm", "moe_llava_llama",
+            "moe_llava_stablelm",
+            "moe_llava_phi",
+            "moe_llava_qwen",
+            "moe_llava_qwen1_5",
+            "moe_llava_mistral",
+            "moe_llava_minicpm",
+            "moe_llava_llama",
         ),
         module=DEEPSPEED,
         storages=(
@@ -248,8 +301,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         ),
         # meta_moe: Med-MoE's; mlp: DeepSpeed's residual MoE
         shared=(
-            linears("mlp.meta_moe", *GLU), linears("mlp.meta_moe", None, "fc1", "fc2"),
-            linears("mlp.mlp", *GLU), linears("mlp.mlp", None, "fc1", "fc2"),
+            linears("mlp.meta_moe", *GLU),
+            linears("mlp.meta_moe", None, "fc1", "fc2"),
+            linears("mlp.mlp", *GLU),
+            linears("mlp.mlp", None, "fc1", "fc2"),
         ),
         counts=("moe.num_experts",),
         source="PKU-YuanGroup/MoE-LLaVA moellava/model/language_model/; jiangsongtao/Med-MoE moe/layer.py",
@@ -260,8 +315,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         module=CALCULATOR,
         storages=(
             Storage(
-                gate=CALCULATOR + ".weight_gate.{}.weight", up=CALCULATOR + ".weight_up.{}.weight",
-                down=CALCULATOR + ".weight_down.{}.weight", first=1,
+                gate=CALCULATOR + ".weight_gate.{}.weight",
+                up=CALCULATOR + ".weight_up.{}.weight",
+                down=CALCULATOR + ".weight_down.{}.weight",
+                first=1,
             ),
         ),
         source="ise-uiuc/xft src/magicoder/model/modeling_llama_moe_upscaling_hf.py",
@@ -274,7 +331,9 @@ DENSE: tuple[Storage, ...] = (
     linears("feed_forward", *W132),  # lfm2
     linears("feed_forward", *GLU),  # jamba
     Storage(  # phi3, glm4
-        gate="mlp.gate_up_proj.weight", up="mlp.gate_up_proj.weight", down="mlp.down_proj.weight",
+        gate="mlp.gate_up_proj.weight",
+        up="mlp.gate_up_proj.weight",
+        down="mlp.down_proj.weight",
         fusion="concatenated",
     ),
     linears("mlp", None, "fc1", "fc2"),  # phi

@@ -31,7 +31,7 @@ class Base(ABC):
     def rows(self, group: ExpertGroup, rows: slice, read: ReadExpert) -> np.ndarray:
         """Stored bits [rows, in] of the base; read(i, rows) gives those of expert i."""
 
-    def check(self, group: ExpertGroup) -> None:  # noqa: B027: nothing can be wrong with a mean
+    def check(self, group: ExpertGroup) -> None:  # noqa: B027 (nothing can be wrong with a mean)
         """Raise what `rows` would, from headers alone."""
 
 
@@ -89,7 +89,9 @@ class DenseBase(Base):
 
     def rows(self, group: ExpertGroup, rows: slice, read: ReadExpert) -> np.ndarray:
         view = self._view(group)
-        bits = read_view(self._reader, view.tensor, view.offset, (view.row_stride, view.column_stride), view.shape, rows)
+        bits = read_view(
+            self._reader, view.tensor, view.offset, (view.row_stride, view.column_stride), view.shape, rows
+        )
         dtype = self._reader.tensors[view.tensor].dtype
         return bits if dtype == group.dtype else floats.narrow(floats.widen(bits, dtype), group.dtype)
 

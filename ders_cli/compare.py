@@ -68,10 +68,14 @@ def random_states(seed: int, layer: int, tokens: int, width: int) -> np.ndarray:
     return generator.standard_normal((tokens, width), np.float32)
 
 
-def compare_layer(tested: Source, reference: Source, layer: Layer, states: np.ndarray | None, advance: Callable[[int], None]) -> LayerResult:
+def compare_layer(
+    tested: Source, reference: Source, layer: Layer, states: np.ndarray | None, advance: Callable[[int], None]
+) -> LayerResult:
     """Compare every expert of one layer. `states` fp32 [tokens, hidden], or None where outputs are not wanted."""
     result = LayerResult(layer.name)
-    outputs = _Outputs(states, tested.activation) if states is not None and {"up", "down"} <= set(layer.tested) else None
+    outputs = (
+        _Outputs(states, tested.activation) if states is not None and {"up", "down"} <= set(layer.tested) else None
+    )
     for projection in (p for p in ("gate", "up", "down") if p in layer.tested):
         group, other = layer.tested[projection], layer.reference[projection]
         result.matrices += _compare_group(tested, reference, group, other, outputs, advance)
@@ -86,11 +90,18 @@ def _blocks(tested: Source, reference: Source, group: ExpertGroup, other: Expert
         if isinstance(source, DersSource) and source.codecs[its.name].lossless:
             return source.blocks(its)
     row_bytes = TensorSpec((1, group.shape[1]), group.dtype).nbytes * len(other.members)
-    return row_blocks(group.shape, max(1, min(BLOCK_WEIGHTS // max(1, group.shape[1]), MEAN_BYTES // max(1, row_bytes))))
+    return row_blocks(
+        group.shape, max(1, min(BLOCK_WEIGHTS // max(1, group.shape[1]), MEAN_BYTES // max(1, row_bytes)))
+    )
 
 
 def _compare_group(
-    tested: Source, reference: Source, group: ExpertGroup, other: ExpertGroup, outputs: "_Outputs | None", advance: Callable[[int], None]
+    tested: Source,
+    reference: Source,
+    group: ExpertGroup,
+    other: ExpertGroup,
+    outputs: "_Outputs | None",
+    advance: Callable[[int], None],
 ) -> list[Matched]:
     at = {label: i for i, (label, _) in enumerate(other.members)}
     pairs = [(i, at[label], label) for i, (label, _) in enumerate(group.members) if label in at]
@@ -130,9 +141,17 @@ def _compare_group(
     found = []
     digests = {label: digest.hexdigest() for label, digest in its.items()}
     for i, j, label in pairs:
-        matched = Matched(group, label, own[label].hexdigest(), digests[label], errors_of(np.nan_to_num(totals[label], nan=math.inf), worst[label]))
+        matched = Matched(
+            group,
+            label,
+            own[label].hexdigest(),
+            digests[label],
+            errors_of(np.nan_to_num(totals[label], nan=math.inf), worst[label]),
+        )
         if matched.hash != matched.reference_hash:
-            matched.diagnosis = _diagnose(tested, reference, group, other, i, j, matched, digests, zero[label], first_bad.get(label))
+            matched.diagnosis = _diagnose(
+                tested, reference, group, other, i, j, matched, digests, zero[label], first_bad.get(label)
+            )
         found.append(matched)
     return found
 

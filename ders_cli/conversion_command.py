@@ -13,8 +13,19 @@ UNLIKE = 0.5  # |delta| / |weight|: below 0.2 for experts of one ancestor, sqrt(
 
 
 def convert_command(
-    command: str, model: Path, output: Path | None, fields: dict[str, Any], recipe_file: str | None, jobs: int | None,
-    max_memory: str | None, max_shard_size: str, dry_run: bool, overwrite: bool, resume: bool, quiet: bool, as_json: bool,
+    command: str,
+    model: Path,
+    output: Path | None,
+    fields: dict[str, Any],
+    recipe_file: str | None,
+    jobs: int | None,
+    max_memory: str | None,
+    max_shard_size: str,
+    dry_run: bool,
+    overwrite: bool,
+    resume: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Plan and run one conversion. `fields`: the recipe's keys that flags gave; None means: not given."""
     from . import convert
@@ -27,8 +38,12 @@ def convert_command(
     name = Path(recipe_file).stem if recipe_file and "delta" not in given else recipe.delta
     out = output or model.absolute().with_name(f"{model.absolute().name}-ders-{name.replace(':', 'of')}")
     options = Options(
-        jobs or default_jobs(), parse_bytes(max_shard_size, "--max-shard-size"),
-        parse_bytes(max_memory, "--max-memory") if max_memory else None, overwrite, resume, quiet,
+        jobs or default_jobs(),
+        parse_bytes(max_shard_size, "--max-shard-size"),
+        parse_bytes(max_memory, "--max-memory") if max_memory else None,
+        overwrite,
+        resume,
+        quiet,
     )
     with open_source(model, recipe.shared) as source:
         conversion = convert.prepare(source, recipe, out, options)
@@ -58,8 +73,10 @@ def _worst_errors(manifest: dict[str, Any]) -> dict[str, dict[str, float]]:
         errors = [m["error"] for e in manifest["groups"] if e["projection"] == projection for m in e["members"]]
         weight = [error["weight"] for error in errors]
         found[projection] = {
-            "weight_mean": sum(weight) / len(weight), "weight_worst": max(weight),
-            "delta_worst": max(error["delta"] for error in errors), "max_abs": max(error["max_abs"] for error in errors),
+            "weight_mean": sum(weight) / len(weight),
+            "weight_worst": max(weight),
+            "delta_worst": max(error["delta"] for error in errors),
+            "max_abs": max(error["max_abs"] for error in errors),
         }
     return found
 
@@ -70,11 +87,15 @@ def _warnings(manifest: dict[str, Any]) -> list[str]:
     sizes = [error["weight"] / error["delta"] for error in members if error["delta"] > 0]  # |D| / |W|
     if sizes and sum(sizes) / len(sizes) > UNLIKE:
         share = f"{sum(sizes) / len(sizes):.0%}"
-        return [f"these experts are not alike: their deltas are {share} as large as the weights. Lossy deltas ruin such a model; "
-                "it was hardly upcycled from one dense model. Keep the original"]
+        return [
+            f"these experts are not alike: their deltas are {share} as large as the weights. Lossy deltas ruin such a model; "
+            "it was hardly upcycled from one dense model. Keep the original"
+        ]
     bits, width = manifest["bytes"]["bits_per_delta_weight"], 32 if manifest["groups"][0]["dtype"] == "F32" else 16
     if not sizes and bits > width / 2:
-        return [f"these experts are not alike: {bits:.1f} of {width} bits per weight are left of their deltas. Exact saves little here"]
+        return [
+            f"these experts are not alike: {bits:.1f} of {width} bits per weight are left of their deltas. Exact saves little here"
+        ]
     return []
 
 
@@ -83,7 +104,9 @@ def _print_plan(document: dict[str, Any]) -> None:
     bound = "" if plan["exact"] else "at most "
     print(f"would write {document['output']}")
     print(f"  in      {plan['source_bytes']:>16,} bytes, of which experts {plan['expert_bytes']:,}")
-    print(f"  out     {bound}{plan['output_bytes']:>16,} bytes in {plan['shards']} weight file(s), ders.json and all others included")
+    print(
+        f"  out     {bound}{plan['output_bytes']:>16,} bytes in {plan['shards']} weight file(s), ders.json and all others included"
+    )
     if not plan["exact"]:
         print("          (an exact stream's size is known only after encoding)")
     print(f"  memory  about {human_bytes(plan['peak_memory_bytes'])} above an idle process")
@@ -106,5 +129,8 @@ def _print_summary(document: dict[str, Any]) -> None:
         if stored >= 0.98 * size["experts"]:
             print("Base and deltas are about as large as the experts were: this saves nothing. Keep the original.")
         return
-    rows = [[name, f"{e['weight_mean']:.2e}", f"{e['weight_worst']:.2e}", f"{e['max_abs']:.2e}"] for name, e in errors.items()]
+    rows = [
+        [name, f"{e['weight_mean']:.2e}", f"{e['weight_worst']:.2e}", f"{e['max_abs']:.2e}"]
+        for name, e in errors.items()
+    ]
     print_table("relative weight error", ["projection", "mean", "worst", "largest abs"], rows)

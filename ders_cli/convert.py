@@ -32,6 +32,7 @@ from .recipe import Recipe
 from .report import Progress, human_bytes, shown
 from .source import DersSource, Source
 
+
 @dataclass(frozen=True)
 class Conversion:
     """A planned conversion: what is read, what will be written, in bytes."""
@@ -49,11 +50,16 @@ class Conversion:
         if len(shards) > 1:
             by_name = {name: shard.file for shard in shards for name in (*shard.fixed, *shard.appended)}
             index = index_text(by_name, {"total_size": self.plan.weight_bytes})
-        others = len(config_text(self.source)) + len(index) + planned_manifest_bytes(self.source, self.recipe, self.plan)
+        others = (
+            len(config_text(self.source)) + len(index) + planned_manifest_bytes(self.source, self.recipe, self.plan)
+        )
         return {
             "source_bytes": sum((folder / file).stat().st_size for file in self.source.reader.files),
             "expert_bytes": self.plan.expert_bytes,
-            "output_bytes": self.plan.weight_bytes + self.plan.stream_bound + others + sum(p.stat().st_size for p in carry(folder)),
+            "output_bytes": self.plan.weight_bytes
+            + self.plan.stream_bound
+            + others
+            + sum(p.stat().st_size for p in carry(folder)),
             "exact": self.plan.stream_bound == 0,
             "shards": len(shards),
             "peak_memory_bytes": self.plan.peak_memory(self.options.jobs),
@@ -70,7 +76,9 @@ def prepare(source: Source, recipe: Recipe, out: Path, options: Options) -> Conv
             )
         base, kept = None, source.manifest["recipe"]
         if recipe.base not in ("mean", kept["base"]) or recipe.shared > kept["shared"]:
-            raise UsageError(f"{source.reader.folder}: was decomposed with base {kept['base']}; --base and --shared go with the original model")
+            raise UsageError(
+                f"{source.reader.folder}: was decomposed with base {kept['base']}; --base and --shared go with the original model"
+            )
         recipe = recipe.model_copy(update={"base": kept["base"], "shared": kept["shared"]})
     else:
         base = make_base(recipe.base)
@@ -109,7 +117,11 @@ def run(conversion: Conversion) -> dict[str, Any]:
     manifest = describe(source, conversion.recipe, plan, results)
     write_file(folder / "config.json", config_text(source))
     if len(results) > 1:
-        by_name = {name: file for file, result in zip(file_names(len(results)), results, strict=True) for name in result["hashes"]}
+        by_name = {
+            name: file
+            for file, result in zip(file_names(len(results)), results, strict=True)
+            for name in result["hashes"]
+        }
         write_file(folder / INDEX, index_text(by_name, {"total_size": sum(result["bytes"] for result in results)}))
     write_file(folder / MANIFEST, manifest_text(manifest, planned_manifest_bytes(source, conversion.recipe, plan)))
     publish(folder, conversion.out)
@@ -138,7 +150,9 @@ def _shard(conversion: Conversion, shard: ShardPlan, folder: Path, progress: Pro
         tasks = [partial(_copy, conversion.source, writer, name, progress) for name in shard.copied]
         spools = [folder / f"{shard.file}.{number}.spool" for number in range(len(shard.units))]
         tasks += [
-            partial(convert_group, conversion.source, conversion.base, conversion.recipe.seed, unit, writer, spool, progress)
+            partial(
+                convert_group, conversion.source, conversion.base, conversion.recipe.seed, unit, writer, spool, progress
+            )
             for unit, spool in zip(shard.units, spools, strict=True)
         ]
         for name in shard.guards:
@@ -169,5 +183,7 @@ def _append_stream(writer: ShardWriter, unit: Unit, spool: Path) -> None:
     for name in (name for name, spec in unit.parts.items() if spec is None):
         with spool.open("rb") as file:
             spec = TensorSpec((spool.stat().st_size,), "U8")
-            writer.append(name, spec, (np.frombuffer(data, np.uint8) for data in iter(partial(file.read, 4 << 20), b"")))
+            writer.append(
+                name, spec, (np.frombuffer(data, np.uint8) for data in iter(partial(file.read, 4 << 20), b""))
+            )
         spool.unlink()

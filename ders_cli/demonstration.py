@@ -35,7 +35,13 @@ def demonstrate(folder: Path, steps: int, seed: int, jobs: int, say: Say) -> dic
     losses = {"dense": demo.dense_losses(dense, tokens), "full": demo.expert_losses(dense, moe, tokens)}
     say("4/4  compress, verify, restore, measure")
     rows = [_convert(folder, moe, dense, delta, tokens, jobs, say) for delta in DELTAS]
-    return {"training": training, "kinds": list(tokens), "losses": losses, "rows": rows, "seconds": time.monotonic() - began}
+    return {
+        "training": training,
+        "kinds": list(tokens),
+        "losses": losses,
+        "rows": rows,
+        "seconds": time.monotonic() - began,
+    }
 
 
 def _say_tenths(say: Say, kind: str, done: int, total: int) -> None:
@@ -60,9 +66,14 @@ def _convert(folder: Path, moe: Path, dense: Path, delta: str, tokens: Any, jobs
     losses = demo.expert_losses(dense, plain, tokens)
     say(f"     {delta}: {seconds:.1f} s to compress, verify and restore")
     return {
-        "delta": delta, "bytes": sum(path.stat().st_size for path in packed.iterdir()), "source_bytes": plan["source_bytes"],
-        "bits": manifest["bytes"]["bits_per_delta_weight"], "weight_error": mean(expert["weight"] for expert in report.experts),
-        "losses": losses, "equal": all(expert["equal"] for expert in report.experts), "seconds": seconds,
+        "delta": delta,
+        "bytes": sum(path.stat().st_size for path in packed.iterdir()),
+        "source_bytes": plan["source_bytes"],
+        "bits": manifest["bytes"]["bits_per_delta_weight"],
+        "weight_error": mean(expert["weight"] for expert in report.experts),
+        "losses": losses,
+        "equal": all(expert["equal"] for expert in report.experts),
+        "seconds": seconds,
     }
 
 
@@ -74,12 +85,42 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the demo's one table."""
     dense, full = mean(result["losses"]["dense"]), mean(result["losses"]["full"])
     source = result["rows"][0]["source_bytes"]
-    header = ["", "bytes", "of the MoE", "bits per delta weight", "weight error", "loss", "above full experts", "worst expert"]
-    rows = [["dense model alone", "", "", "", "", f"{dense:.4f}", f"{dense - full:+.4f}", _worst(result["losses"]["dense"], result["losses"]["full"])],
-            ["MoE, full experts", f"{source:,}", "100.0%", "16", "0", f"{full:.4f}", "0", "0"]]
+    header = [
+        "",
+        "bytes",
+        "of the MoE",
+        "bits per delta weight",
+        "weight error",
+        "loss",
+        "above full experts",
+        "worst expert",
+    ]
+    rows = [
+        [
+            "dense model alone",
+            "",
+            "",
+            "",
+            "",
+            f"{dense:.4f}",
+            f"{dense - full:+.4f}",
+            _worst(result["losses"]["dense"], result["losses"]["full"]),
+        ],
+        ["MoE, full experts", f"{source:,}", "100.0%", "16", "0", f"{full:.4f}", "0", "0"],
+    ]
     for row in result["rows"]:
         loss = mean(row["losses"])
         error = "0 (same bytes)" if row["equal"] else f"{row['weight_error']:.1e}"
-        rows.append([row["delta"], f"{row['bytes']:,}", f"{row['bytes'] / source:.1%}", f"{row['bits']:.3f}", error,
-                     f"{loss:.4f}", f"{loss - full:+.4f}", _worst(row["losses"], result["losses"]["full"])])
+        rows.append(
+            [
+                row["delta"],
+                f"{row['bytes']:,}",
+                f"{row['bytes'] / source:.1%}",
+                f"{row['bits']:.3f}",
+                error,
+                f"{loss:.4f}",
+                f"{loss - full:+.4f}",
+                _worst(row["losses"], result["losses"]["full"]),
+            ]
+        )
     return header, rows

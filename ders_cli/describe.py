@@ -44,7 +44,10 @@ def describe(source: Source, recipe: Recipe, plan: Plan, results: list[dict[str,
         "files": {path.name: file_hash(path) for path in carry(source.reader.folder)}
         | {"config.json": blake3(config_text(source)).hexdigest()},
         "bytes": {
-            "experts": plan.expert_bytes, "base": base, "delta": deltas, "weights": sum(r["bytes"] for r in results),
+            "experts": plan.expert_bytes,
+            "base": base,
+            "delta": deltas,
+            "weights": sum(r["bytes"] for r in results),
             "bits_per_delta_weight": float(f"{8 * deltas / weights:.5e}"),
         },
     }
@@ -69,19 +72,31 @@ def _placeholder(shard: ShardPlan) -> dict[str, Any]:
     return {"hashes": hashes, "groups": groups, "bytes": MOST, "sizes": dict.fromkeys(shard.appended, MOST)}
 
 
-def group_entry(unit: Unit, came: list[str], restored: list[str], totals: np.ndarray, worst: np.ndarray) -> dict[str, Any]:
+def group_entry(
+    unit: Unit, came: list[str], restored: list[str], totals: np.ndarray, worst: np.ndarray
+) -> dict[str, Any]:
     """One group: where its experts came from, their hashes, and what the codec changed."""
     group = unit.group
     members = [
         {
-            "label": label, "tensor": view.tensor, "offset": view.offset, "strides": [view.row_stride, view.column_stride],
-            "source_hash": came[i], "restored_hash": restored[i], "error": errors_of(totals[i], float(worst[i])),
+            "label": label,
+            "tensor": view.tensor,
+            "offset": view.offset,
+            "strides": [view.row_stride, view.column_stride],
+            "source_hash": came[i],
+            "restored_hash": restored[i],
+            "error": errors_of(totals[i], float(worst[i])),
         }
         for i, (label, view) in enumerate(group.members)
     ]
     return {
-        "name": group.name, "layer": group.layer, "projection": group.projection, "shape": list(group.shape),
-        "dtype": group.dtype, "codec": unit.codec.config, "members": members,
+        "name": group.name,
+        "layer": group.layer,
+        "projection": group.projection,
+        "shape": list(group.shape),
+        "dtype": group.dtype,
+        "codec": unit.codec.config,
+        "members": members,
     }
 
 
@@ -97,8 +112,11 @@ def errors_of(total: np.ndarray, worst: float) -> dict[str, float]:
         return a / b if b > 0 else (empty if a == 0 else math.inf)
 
     found = {
-        "weight": math.sqrt(ratio(error, weight, 0)), "delta": math.sqrt(ratio(error, delta, 0)), "max_abs": worst,
-        "cosine": ratio(cross, math.sqrt(weight * coded), 1), "kept": ratio(kept, delta, 1),
+        "weight": math.sqrt(ratio(error, weight, 0)),
+        "delta": math.sqrt(ratio(error, delta, 0)),
+        "max_abs": worst,
+        "cosine": ratio(cross, math.sqrt(weight * coded), 1),
+        "kept": ratio(kept, delta, 1),
     }
     return {name: float(f"{value:.5e}") for name, value in found.items()}
 
@@ -122,8 +140,12 @@ def describe_source(source: Source) -> dict[str, Any]:
         if text != index_text({name: place.file for name, place in reader.places.items()}, metadata):
             index["text"] = text.decode()
     return {
-        "layout": source.layout.name, "activation": source.activation, "aliases": source.aliases, "files": files,
-        "index": index, "config": (reader.folder / "config.json").read_bytes().decode(),
+        "layout": source.layout.name,
+        "activation": source.activation,
+        "aliases": source.aliases,
+        "files": files,
+        "index": index,
+        "config": (reader.folder / "config.json").read_bytes().decode(),
     }
 
 

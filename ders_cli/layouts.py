@@ -249,7 +249,11 @@ def _canonical(row: Architecture, name: str) -> str:
 
 
 def _group_layer(
-    row: Architecture, where: str, found: list[_Found], tensors: Mapping[str, TensorSpec], config: Mapping[str, Any],
+    row: Architecture,
+    where: str,
+    found: list[_Found],
+    tensors: Mapping[str, TensorSpec],
+    config: Mapping[str, Any],
     include_shared: bool,
 ) -> list[ExpertGroup]:
     """The groups of the layer `where` ("model.layers.3"), with nothing missing and nothing contradictory."""
@@ -375,8 +379,12 @@ def _find_shared(
 
 
 def _check_like(
-    view: MatrixView, projection: str, like: MatrixView, tensors: Mapping[str, TensorSpec],
-    error: type[DersError] = CheckpointError, remedy: str = "",
+    view: MatrixView,
+    projection: str,
+    like: MatrixView,
+    tensors: Mapping[str, TensorSpec],
+    error: type[DersError] = CheckpointError,
+    remedy: str = "",
 ) -> None:
     """All experts of a layer are of one dtype and one shape, the down projections turned round."""
     shape, dtype = like.shape[::-1] if projection == "down" else like.shape, tensors[like.tensor].dtype

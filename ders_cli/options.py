@@ -10,13 +10,18 @@ import typer
 from .errors import UsageError
 
 MODEL = Annotated[Path, typer.Argument(help="Folder of the MoE checkpoint.", show_default=False)]
-OUTPUT = Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write. Default: beside the input, named after it.")]
+OUTPUT = Annotated[
+    Path | None, typer.Option("-o", "--output", help="Folder to write. Default: beside the input, named after it.")
+]
 BASE = Annotated[str | None, typer.Option("--base", help="mean (default), expert:N, or the folder of the dense model.")]
 GROUP_SIZE = Annotated[int | None, typer.Option("--group-size", help="Inputs that share a scale. Default: 128.")]
 SEED = Annotated[int | None, typer.Option("--seed", help="Seed of every random choice. Default: 0.")]
 SHARED = Annotated[bool, typer.Option("--shared", help="Put the shared (universal) expert into the group too.")]
 JOBS = Annotated[int | None, typer.Option("-j", "--jobs", help="Threads. Default: one per core.", min=1, max=1024)]
-MAX_MEMORY = Annotated[str | None, typer.Option("--max-memory", help="Most memory to use above an idle process, such as 2GB; fewer threads run.")]
+MAX_MEMORY = Annotated[
+    str | None,
+    typer.Option("--max-memory", help="Most memory to use above an idle process, such as 2GB; fewer threads run."),
+]
 SHARD_SIZE = Annotated[str, typer.Option("--max-shard-size", help="Most bytes of one output file.")]
 DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="Print the plan with its bytes; write nothing.")]
 OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace what stands at the output.")]
@@ -28,7 +33,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "K
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """"5GB" -> 5000000000. Raises UsageError."""
+    """ "5GB" -> 5000000000. Raises UsageError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if not match or match[2].upper() not in _UNITS or float(match[1]) == 0:
         raise UsageError(f"{option} {text!r}: expected a size such as 500MB or 5GB")

@@ -16,7 +16,19 @@ MARK = "plan.json"
 RESULT = ".result.json"
 
 # Weights in forms that ders does not read; they are left behind, and everything else beside the shards is carried.
-LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json", ".partial")
+LEFT_BEHIND = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".index.json",
+    ".partial",
+)
 
 
 @dataclass(frozen=True)
@@ -35,8 +47,12 @@ def carry(folder: Path) -> list[Path]:
     """Files beside the weights that go along unchanged: tokenizer, generation settings, licence, ..."""
     written = {"config.json", MANIFEST, INDEX}
     return [
-        path for path in sorted(folder.iterdir())
-        if path.is_file() and path.name not in written and not path.name.startswith(".") and not path.name.endswith(LEFT_BEHIND)
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and path.name not in written
+        and not path.name.startswith(".")
+        and not path.name.endswith(LEFT_BEHIND)
     ]
 
 
@@ -62,7 +78,9 @@ def refuse_occupied(out: Path, options: Options, *inputs: Path) -> None:
         if not options.overwrite:
             raise UsageError(f"{out}: exists and is not empty; --overwrite replaces it, -o names another place")
         if not (out / "config.json").is_file():
-            raise UsageError(f"{out}: is no checkpoint (it has no config.json), so --overwrite does not delete it; remove it yourself")
+            raise UsageError(
+                f"{out}: is no checkpoint (it has no config.json), so --overwrite does not delete it; remove it yourself"
+            )
     partial = out.with_name(out.name + ".partial")
     if partial.exists() and not options.resume and not options.overwrite:
         raise UsageError(f"{partial}: an unfinished run stands here; --resume continues it, --overwrite starts again")

@@ -45,7 +45,10 @@ class ShardPlan:
     def slices(self) -> dict[str, int]:
         """Tensors that are hashed expert by expert: their number of experts."""
         return {
-            name: len(unit.group.members) for unit in self.units for name, spec in unit.parts.items() if spec and ".delta." in name
+            name: len(unit.group.members)
+            for unit in self.units
+            for name, spec in unit.parts.items()
+            if spec and ".delta." in name
         }
 
     @property
@@ -79,7 +82,10 @@ def natural(name: str) -> tuple[object, ...]:
 
 def unit_memory(unit: Unit) -> int:
     """Bytes that converting one group holds at once: its experts' rows, and fp32 copies of one expert's."""
-    rows, width = unit.codec.block_rows(unit.group.shape) or max(1, BLOCK_WEIGHTS // unit.group.shape[1]), unit.group.shape[1]
+    rows, width = (
+        unit.codec.block_rows(unit.group.shape) or max(1, BLOCK_WEIGHTS // unit.group.shape[1]),
+        unit.group.shape[1],
+    )
     return WORKING_SET + 12 * 4 * rows * width
 
 
@@ -103,7 +109,9 @@ def make_plan(source: Source, recipe: Recipe, base: Base | None, max_shard_bytes
         twice = next(name for name in names if names.count(name) > 1)
         raise UnsupportedError(f"{twice}: the source has a tensor of the name that the DeRS format would give")
     expert_bytes = sum(TensorSpec(g.shape, g.dtype).nbytes * len(g.members) for g in source.groups)
-    bound = sum(TensorSpec(u.group.shape, u.group.dtype).nbytes * len(u.group.members) for u in units if u.codec.lossless)
+    bound = sum(
+        TensorSpec(u.group.shape, u.group.dtype).nbytes * len(u.group.members) for u in units if u.codec.lossless
+    )
     return Plan(tuple(units), tuple(source.copied), shards, expert_bytes, bound + bound // 1024)
 
 

@@ -1,14 +1,14 @@
 """A recipe: which base, which codec for which matrices, which seed. Flags and a YAML file make the same object.
 
-    base: mean            # mean | expert:N | a folder with the dense model
-    delta: int4           # the codec where no rule says otherwise
-    group_size: 128
-    seed: 0
-    shared: false         # true: a shared expert joins the group
-    rules:                # the first that matches a matrix decides
-      - layers: 0-3,31    # all | even | odd | numbers and ranges
-        projections: [down]
-        delta: int8
+base: mean            # mean | expert:N | a folder with the dense model
+delta: int4           # the codec where no rule says otherwise
+group_size: 128
+seed: 0
+shared: false         # true: a shared expert joins the group
+rules:                # the first that matches a matrix decides
+  - layers: 0-3,31    # all | even | odd | numbers and ranges
+    projections: [down]
+    delta: int8
 """
 
 import difflib

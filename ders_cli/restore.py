@@ -94,7 +94,8 @@ def _file(source: DersSource, path: Path, entry: dict[str, Any], held: Held, job
     writer = ShardWriter(path, _specs(entry), header=_header(entry))
     try:
         tasks = [
-            partial(_experts, source, writer, held[name], progress) if name in held
+            partial(_experts, source, writer, held[name], progress)
+            if name in held
             else partial(_copy, source, writer, name, progress)
             for name in writer.tensors
         ]
@@ -118,7 +119,9 @@ def _copy(source: DersSource, writer: ShardWriter, name: str, progress: Progress
         raise CheckpointError(f"{name}: its bytes do not have the hash in ders.json; the checkpoint is damaged")
 
 
-def _experts(source: DersSource, writer: ShardWriter, held: list[tuple[ExpertGroup, int, MatrixView]], progress: Progress) -> None:
+def _experts(
+    source: DersSource, writer: ShardWriter, held: list[tuple[ExpertGroup, int, MatrixView]], progress: Progress
+) -> None:
     for group, member, view in held:
         digest = blake3()
         for rows in source.blocks(group):

@@ -117,7 +117,9 @@ class DersSource(Source):
         for name, spec in expected.items():
             found = self.reader.tensors.get(name)
             if found is None:
-                raise CheckpointError(f"{name}: missing; ders.json says {spec.dtype} {list(spec.shape)}. Is the checkpoint complete?")
+                raise CheckpointError(
+                    f"{name}: missing; ders.json says {spec.dtype} {list(spec.shape)}. Is the checkpoint complete?"
+                )
             if found != spec:
                 raise CheckpointError(
                     f"{name}: expected {spec.dtype} {list(spec.shape)} from ders.json, found {found.dtype} {list(found.shape)}"
@@ -163,7 +165,9 @@ class DersSource(Source):
             begin, end = (int(n) for n in parts.pop("extents")[0])
             stream = f"{group.name}.delta.stream"
             if not 0 <= begin <= end <= self.reader.tensors[stream].nbytes:
-                raise CheckpointError(f"extents {begin}..{end} lie outside a stream of {self.reader.tensors[stream].nbytes} bytes")
+                raise CheckpointError(
+                    f"extents {begin}..{end} lie outside a stream of {self.reader.tensors[stream].nbytes} bytes"
+                )
             parts["stream"] = self.reader.read(stream, slice(begin, end))
         return parts
 

@@ -64,14 +64,27 @@ class Report:
 
     def document(self) -> dict[str, Any]:
         return {
-            "schema": SCHEMA, "command": "verify", "source": self.source, "against": self.against,
-            "ok": not self.findings, "checks": len(self.checks), "findings": self.findings, "experts": self.experts,
+            "schema": SCHEMA,
+            "command": "verify",
+            "source": self.source,
+            "against": self.against,
+            "ok": not self.findings,
+            "checks": len(self.checks),
+            "findings": self.findings,
+            "experts": self.experts,
         }
 
 
 def verify(
-    tested: Source, reference: Source | None, bounds: Bounds, hidden: Path | None, outputs: bool, tokens: int, seed: int,
-    jobs: int, quiet: bool,
+    tested: Source,
+    reference: Source | None,
+    bounds: Bounds,
+    hidden: Path | None,
+    outputs: bool,
+    tokens: int,
+    seed: int,
+    jobs: int,
+    quiet: bool,
 ) -> Report:
     """Check `tested` by itself and, if given, against `reference`."""
     report = Report(str(tested.reader.folder), str(reference.reader.folder) if reference else None)
@@ -85,8 +98,14 @@ def verify(
             states = _states(hidden) if hidden else None
             layers = _match(tested, reference, report)
             tasks = [
-                partial(compare_layer, tested, reference, layer,
-                        _states_of(layer, states, seed, tokens) if outputs else None, progress.advance)
+                partial(
+                    compare_layer,
+                    tested,
+                    reference,
+                    layer,
+                    _states_of(layer, states, seed, tokens) if outputs else None,
+                    progress.advance,
+                )
                 for layer in layers
             ]
             for result in local.run(tasks, jobs):
@@ -106,7 +125,11 @@ def _intact(source: DersSource, report: Report, jobs: int, progress: Progress) -
             report.add(name, "missing; ders.json lists it")
         else:
             report.add(name, "" if file_hash(path) == expected else "changed: it does not have its hash in ders.json")
-    for name, problem in zip(source.reader.tensors, local.run([partial(_damage, source, name) for name in source.reader.tensors], jobs), strict=True):
+    for name, problem in zip(
+        source.reader.tensors,
+        local.run([partial(_damage, source, name) for name in source.reader.tensors], jobs),
+        strict=True,
+    ):
         report.add(name, problem)
     for problems in local.run([partial(_decodes, source, group, progress) for group in source.groups], jobs):
         for where, problem in problems:
@@ -119,7 +142,11 @@ def _damage(source: DersSource, name: str) -> str:
     found = source.reader.hashes(name, len(expected))
     bad = [str(number) for number, (here, noted) in enumerate(zip(found, expected, strict=True)) if here != noted]
     where = f"expert {', '.join(bad)}: " if bad and len(expected) > 1 else ""
-    return f"{where}damaged: its bytes in {source.reader.places[name].file} do not have their hash in ders.json" if bad else ""
+    return (
+        f"{where}damaged: its bytes in {source.reader.places[name].file} do not have their hash in ders.json"
+        if bad
+        else ""
+    )
 
 
 def _decodes(source: DersSource, group: ExpertGroup, progress: Progress) -> list[tuple[str, str]]:
@@ -195,10 +222,17 @@ def _match(tested: Source, reference: Source, report: Report) -> list[Layer]:
 def _judge(tested: Source, result: LayerResult, bounds: Bounds, report: Report) -> None:
     for matched in result.matrices:
         output = result.output.get(matched.label, {})
-        report.experts.append({
-            "group": matched.group.name, "layer": matched.group.layer, "projection": matched.group.projection,
-            "expert": matched.label, "equal": matched.hash == matched.reference_hash, **matched.errors, **output,
-        })
+        report.experts.append(
+            {
+                "group": matched.group.name,
+                "layer": matched.group.layer,
+                "projection": matched.group.projection,
+                "expert": matched.label,
+                "equal": matched.hash == matched.reference_hash,
+                **matched.errors,
+                **output,
+            }
+        )
         report.add(f"{matched.group.name}, expert {matched.label}", _problem(tested, matched, output, bounds))
 
 
@@ -215,11 +249,26 @@ def _problem(tested: Source, matched: Matched, output: dict[str, float], bounds:
         passed = [
             f"{name} {value:.3g}, bound {bound:g}"
             for name, value, bound, over in (
-                ("weight error", errors["weight"], bounds.error, bounds.error is not None and not errors["weight"] <= bounds.error),
-                ("output error", output.get("output", 0.0), bounds.output_error,
-                 bounds.output_error is not None and not output.get("output", 0.0) <= bounds.output_error),
-                ("cosine", errors["cosine"], bounds.cosine, bounds.cosine is not None and not errors["cosine"] >= bounds.cosine),
-            ) if over
+                (
+                    "weight error",
+                    errors["weight"],
+                    bounds.error,
+                    bounds.error is not None and not errors["weight"] <= bounds.error,
+                ),
+                (
+                    "output error",
+                    output.get("output", 0.0),
+                    bounds.output_error,
+                    bounds.output_error is not None and not output.get("output", 0.0) <= bounds.output_error,
+                ),
+                (
+                    "cosine",
+                    errors["cosine"],
+                    bounds.cosine,
+                    bounds.cosine is not None and not errors["cosine"] >= bounds.cosine,
+                ),
+            )
+            if over
         ]
         return "; ".join(passed) + said if passed else ""
     if noted is None:
@@ -248,7 +297,9 @@ def _compare_others(tested: Source, reference: Source, report: Report) -> None:
         if here != there:
             report.add(name, f"expected {there.dtype} {list(there.shape)}, found {here.dtype} {list(here.shape)}")
         else:
-            report.add(name, "" if tested.reader.hashes(mine[name]) == reference.reader.hashes(theirs[name]) else "differs")
+            report.add(
+                name, "" if tested.reader.hashes(mine[name]) == reference.reader.hashes(theirs[name]) else "differs"
+            )
 
 
 # --- hidden states
@@ -261,7 +312,9 @@ def _states(path: Path) -> dict[str, np.ndarray]:
     header, found = read_header(path), {}
     for name, spec in header.tensors.items():
         if spec.dtype not in FLOATS or len(spec.shape) != 2:
-            raise UsageError(f"--hidden {path}: {name}: expected [tokens, hidden] of {', '.join(FLOATS)}, found {spec.dtype} {list(spec.shape)}")
+            raise UsageError(
+                f"--hidden {path}: {name}: expected [tokens, hidden] of {', '.join(FLOATS)}, found {spec.dtype} {list(spec.shape)}"
+            )
         bits = np.fromfile(path, STORAGE[spec.dtype], spec.size, offset=header.begins[name])
         found[name] = floats.widen(bits, spec.dtype).reshape(spec.shape)
     return found

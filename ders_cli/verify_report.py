@@ -17,14 +17,28 @@ def print_report(report: Report, quiet: bool) -> None:
         rows = []
         for projection in dict.fromkeys(expert["projection"] for expert in unequal):
             here = [expert for expert in unequal if expert["projection"] == projection]
-            rows.append([projection, str(len(here)), *(_worst(here, key) for key in ("max_abs", "weight", "delta", "output", "output_delta")),
-                         f"{min(expert['cosine'] for expert in here):.6f}"])
-        print_table("worst over experts and layers", ["projection", "experts", "max abs", "weight", "delta", "output", "output/delta", "cosine"], rows)
+            rows.append(
+                [
+                    projection,
+                    str(len(here)),
+                    *(_worst(here, key) for key in ("max_abs", "weight", "delta", "output", "output_delta")),
+                    f"{min(expert['cosine'] for expert in here):.6f}",
+                ]
+            )
+        print_table(
+            "worst over experts and layers",
+            ["projection", "experts", "max abs", "weight", "delta", "output", "output/delta", "cosine"],
+            rows,
+        )
     against = f" against {report.against}" if report.against else ""
     if report.findings:
         print(f"{report.source}{against}: {len(report.findings)} finding(s) in {len(report.checks)} checks")
     else:
-        equal = f"; {len(report.experts) - len(unequal)} of {len(report.experts)} expert matrices equal bit for bit" if report.experts else ""
+        equal = (
+            f"; {len(report.experts) - len(unequal)} of {len(report.experts)} expert matrices equal bit for bit"
+            if report.experts
+            else ""
+        )
         print(f"{report.source}{against}: all well, {len(report.checks)} checks{equal}")
 
 

@@ -56,7 +56,9 @@ def whole(*arguments: object, **environment: str) -> subprocess.CompletedProcess
     """`python -m ders_cli ARGUMENTS` as a process of its own."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     return subprocess.run(
-        [sys.executable, "-m", "ders_cli", *map(str, arguments)], capture_output=True, text=True,
+        [sys.executable, "-m", "ders_cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
         env=os.environ | {"PYTHONPATH": path} | environment,
     )
 

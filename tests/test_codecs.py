@@ -4,16 +4,36 @@ import json
 
 import numpy as np
 import pytest
+from ders_kernels.cpu_ops import floats
+from ders_kernels.packing import pack_positions
+
 from ders_cli.checkpoint.tensor import STORAGE
 from ders_cli.codecs import CODECS, codec_from_config, parse_codec
 from ders_cli.codecs.base import NonFiniteError
 from ders_cli.errors import CheckpointError, UsageError
-from ders_kernels.cpu_ops import floats
-from ders_kernels.packing import pack_positions
 
 LOSSY = [
-    "int8", "int4", "int3", "int2", "int1", "drop0.9", "drop0.5", "ternary0.05", "ternary0.3", "top0.1", "top0.5", "top1",
-    "2:4", "1:3", "rank4", "drop0.9+int4", "top0.1+int4", "2:4+int8", "int1+rank2", "rank2+top0.1", "int1+drop0.5+int2",
+    "int8",
+    "int4",
+    "int3",
+    "int2",
+    "int1",
+    "drop0.9",
+    "drop0.5",
+    "ternary0.05",
+    "ternary0.3",
+    "top0.1",
+    "top0.5",
+    "top1",
+    "2:4",
+    "1:3",
+    "rank4",
+    "drop0.9+int4",
+    "top0.1+int4",
+    "2:4+int8",
+    "int1+rank2",
+    "rank2+top0.1",
+    "int1+drop0.5+int2",
 ]
 TERMS = ["exact", *LOSSY]
 SHAPES = [(1, 1), (1, 61), (3, 7), (5, 128), (9, 129)]
@@ -286,10 +306,26 @@ def test_a_chain_is_its_two_codecs(term):
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("int9", "int9"), ("int0", "int0"), ("drop1", "drop1"), ("ternary0", "ternary0"), ("ternary0.6", "ternary0.6"),
-        ("top0", "top0"), ("top1.5", "top1.5"), ("4:2", "4:2"), ("0:4", "0:4"), ("1:65", "1:65"), ("rank0", "rank0"),
-        ("exact+int4", "exact+int4"), ("int4+exact", "int4+exact"), ("foo", "'foo'"), ("drop0.9+foo", "'foo'"),
-        ("", "no codec ''"), ("int4+", "no codec ''"), ("int", "'int'"), ("drop-1", "'drop-1'"), ("chain", "'chain'"),
+        ("int9", "int9"),
+        ("int0", "int0"),
+        ("drop1", "drop1"),
+        ("ternary0", "ternary0"),
+        ("ternary0.6", "ternary0.6"),
+        ("top0", "top0"),
+        ("top1.5", "top1.5"),
+        ("4:2", "4:2"),
+        ("0:4", "0:4"),
+        ("1:65", "1:65"),
+        ("rank0", "rank0"),
+        ("exact+int4", "exact+int4"),
+        ("int4+exact", "int4+exact"),
+        ("foo", "'foo'"),
+        ("drop0.9+foo", "'foo'"),
+        ("", "no codec ''"),
+        ("int4+", "no codec ''"),
+        ("int", "'int'"),
+        ("drop-1", "'drop-1'"),
+        ("chain", "'chain'"),
     ],
 )
 def test_a_term_that_is_none(text, named):
@@ -307,9 +343,15 @@ def test_a_group_size_that_is_none(group_size):
 @pytest.mark.parametrize(
     "config",
     [
-        {}, {"codec": "zip"}, {"codec": "int", "bits": 4}, {"codec": "int", "bits": 4, "group_size": 32, "zero": 1},
-        {"codec": "int", "bits": 9, "group_size": 32}, {"codec": "drop", "rate": "0.9"}, {"codec": "top", "density": None},
-        {"codec": "chain", "first": {"codec": "exact"}, "then": {"codec": "exact"}}, {"codec": "chain", "first": 3},
+        {},
+        {"codec": "zip"},
+        {"codec": "int", "bits": 4},
+        {"codec": "int", "bits": 4, "group_size": 32, "zero": 1},
+        {"codec": "int", "bits": 9, "group_size": 32},
+        {"codec": "drop", "rate": "0.9"},
+        {"codec": "top", "density": None},
+        {"codec": "chain", "first": {"codec": "exact"}, "then": {"codec": "exact"}},
+        {"codec": "chain", "first": 3},
     ],
     ids=str,
 )
@@ -321,9 +363,16 @@ def test_a_config_that_no_version_wrote(config):
 @pytest.mark.parametrize(
     ("term", "part", "bit"),
     [
-        ("top0.5", "bitmap", 60), ("top0.5", "bitmap", 63), ("top0.1", "high", 0), ("top0.1+int4", "high", 0),
-        ("2:4", "bitmap", 1), ("2:4", "bitmap", 63), ("2:4+int8", "bitmap", 5), ("1:3", "bitmap", 60),
-        ("ternary0.3", "high", 1), ("ternary0.05", "high", 7),
+        ("top0.5", "bitmap", 60),
+        ("top0.5", "bitmap", 63),
+        ("top0.1", "high", 0),
+        ("top0.1+int4", "high", 0),
+        ("2:4", "bitmap", 1),
+        ("2:4", "bitmap", 63),
+        ("2:4+int8", "bitmap", 5),
+        ("1:3", "bitmap", 60),
+        ("ternary0.3", "high", 1),
+        ("ternary0.05", "high", 7),
     ],
 )
 def test_damaged_positions(term, part, bit):

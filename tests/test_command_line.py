@@ -30,7 +30,13 @@ def test_help_is_light() -> None:
     seconds = []
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": f"{ROOT}:{ROOT}/kernels"})
+        ran = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={"PYTHONPATH": f"{ROOT}:{ROOT}/kernels"},
+        )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert ran.stderr.strip() in ("[]", "['pydantic']"), ran.stderr
@@ -48,12 +54,20 @@ def test_every_command_is_there_with_examples() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((), ""), (("nonsense",), ""), (("compress",), ""), (("compress", "nowhere"), "no such folder"),
-        (("compress", "{model}", "--delta", "int9"), "int9"), (("compress", "{model}", "--delta", "foo"), "no codec 'foo'"),
-        (("compress", "{model}", "--base", "nowhere"), "no such folder"), (("compress", "{model}", "--base", "expert:7"), "experts 0 ... 2"),
-        (("compress", "{model}", "--recipe", "nothing"), "no published recipe"), (("compress", "{model}", "--max-memory", "lots"), "--max-memory"),
-        (("sparsify", "{model}", "--method", "2:4", "--drop", "0.5"), "--drop"), (("restore", "{model}"), "no ders.json"),
-        (("verify", "{model}", "{model}", "--against", "{model}"), "two references"), (("verify", "{model}", "--max-error", "1"), "--against"),
+        ((), ""),
+        (("nonsense",), ""),
+        (("compress",), ""),
+        (("compress", "nowhere"), "no such folder"),
+        (("compress", "{model}", "--delta", "int9"), "int9"),
+        (("compress", "{model}", "--delta", "foo"), "no codec 'foo'"),
+        (("compress", "{model}", "--base", "nowhere"), "no such folder"),
+        (("compress", "{model}", "--base", "expert:7"), "experts 0 ... 2"),
+        (("compress", "{model}", "--recipe", "nothing"), "no published recipe"),
+        (("compress", "{model}", "--max-memory", "lots"), "--max-memory"),
+        (("sparsify", "{model}", "--method", "2:4", "--drop", "0.5"), "--drop"),
+        (("restore", "{model}"), "no ders.json"),
+        (("verify", "{model}", "{model}", "--against", "{model}"), "two references"),
+        (("verify", "{model}", "--max-error", "1"), "--against"),
         (("compress", "{model}", "-o", "{model}"), "stands there"),
     ],
 )
@@ -70,7 +84,9 @@ def test_recipe_errors_are_exact(model: Path, tmp_path: Path) -> None:
         "delta: 4\n": "delta: input should be a valid string, found 4",
         "base: mean\n": "delta: field required",
         "delta: int4\nrules: [{delta: int3, layers: 1-x}]\n": "layers '1-x'",
-        "delta: [int4\n": "not YAML", "just words\n": "expected keys and values", "a: &x [1]\ndelta: *x\n": "aliases",
+        "delta: [int4\n": "not YAML",
+        "just words\n": "expected keys and values",
+        "a: &x [1]\ndelta: *x\n": "aliases",
     }.items():
         (tmp_path / "r.yaml").write_text(text)
         ran = ders("compress", model, "--recipe", tmp_path / "r.yaml")
@@ -114,7 +130,17 @@ def test_interrupt_is_130(model: Path, tmp_path: Path) -> None:
     toy.make("mixtral", big, dtype=torch.bfloat16, hidden_size=1024, intermediate_size=2048, num_local_experts=8)
     for number in (signal.SIGINT, signal.SIGTERM):
         environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/kernels"}
-        command = [sys.executable, "-m", "ders_cli", "compress", str(big), "--delta", "int2+rank64", "-o", str(tmp_path / f"out{number}")]
+        command = [
+            sys.executable,
+            "-m",
+            "ders_cli",
+            "compress",
+            str(big),
+            "--delta",
+            "int2+rank64",
+            "-o",
+            str(tmp_path / f"out{number}"),
+        ]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         while not (tmp_path / f"out{number}.partial").exists() and process.poll() is None:
             time.sleep(0.01)
@@ -127,9 +153,12 @@ def test_interrupt_is_130(model: Path, tmp_path: Path) -> None:
 def test_json_of_every_command(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     runs = {
-        "compress": ("compress", model, "-o", out), "decompose": ("decompose", model, "-o", tmp_path / "exact"),
-        "quantize": ("quantize", tmp_path / "exact", "-o", tmp_path / "q"), "sparsify": ("sparsify", tmp_path / "exact", "-o", tmp_path / "s"),
-        "restore": ("restore", out, "-o", tmp_path / "plain"), "verify": ("verify", out, "--against", model),
+        "compress": ("compress", model, "-o", out),
+        "decompose": ("decompose", model, "-o", tmp_path / "exact"),
+        "quantize": ("quantize", tmp_path / "exact", "-o", tmp_path / "q"),
+        "sparsify": ("sparsify", tmp_path / "exact", "-o", tmp_path / "s"),
+        "restore": ("restore", out, "-o", tmp_path / "plain"),
+        "verify": ("verify", out, "--against", model),
     }
     for command, arguments in runs.items():
         document = done(*arguments, "--json").json
@@ -138,15 +167,22 @@ def test_json_of_every_command(model: Path, tmp_path: Path) -> None:
         document = done(command, model, "--dry-run", "--json").json
         assert document["schema"] == 1 and document["dry_run"] and document["plan"]["output_bytes"] > 0
     failed = ders("compress", tmp_path / "nowhere", "--json")
-    assert failed.code == 2 and json.loads(failed.out) == {"schema": 1, "error": {"message": failed.err.removeprefix("ders: ").strip(), "exit_code": 2}}
+    assert failed.code == 2 and json.loads(failed.out) == {
+        "schema": 1,
+        "error": {"message": failed.err.removeprefix("ders: ").strip(), "exit_code": 2},
+    }
 
 
 def test_default_output_names(model: Path) -> None:
     for arguments, name in {
-        ("compress", model): "tiny-ders-int4", ("compress", model, "--delta", "drop0.9+int4"): "tiny-ders-drop0.9+int4",
-        ("compress", model, "--delta", "2:4"): "tiny-ders-2of4", ("decompose", model): "tiny-ders-exact",
-        ("sparsify", model, "--drop", 0.95): "tiny-ders-drop0.95", ("sparsify", model, "--drop", 0.98, "--method", "ternary"): "tiny-ders-ternary0.02",
-        ("quantize", model, "--bits", 2): "tiny-ders-int2", ("compress", model, "--recipe", "onebit"): "tiny-ders-onebit",
+        ("compress", model): "tiny-ders-int4",
+        ("compress", model, "--delta", "drop0.9+int4"): "tiny-ders-drop0.9+int4",
+        ("compress", model, "--delta", "2:4"): "tiny-ders-2of4",
+        ("decompose", model): "tiny-ders-exact",
+        ("sparsify", model, "--drop", 0.95): "tiny-ders-drop0.95",
+        ("sparsify", model, "--drop", 0.98, "--method", "ternary"): "tiny-ders-ternary0.02",
+        ("quantize", model, "--bits", 2): "tiny-ders-int2",
+        ("compress", model, "--recipe", "onebit"): "tiny-ders-onebit",
         ("restore", model.with_name("tiny-ders-int4")): "tiny-ders-int4-restored",
     }.items():
         ran = done(*arguments, "-q")
@@ -184,11 +220,18 @@ def test_overwrite_spares_inputs_and_strangers(model: Path, tmp_path: Path) -> N
     assert "int2" in (tmp_path / "out" / "ders.json").read_text()
 
 
-@pytest.mark.parametrize(("dtype", "size", "flags"), [
-    (torch.float16, 6e4, ("--delta", "rank4")), (torch.float16, 6e4, ("--delta", "ternary0.05", "--base", "expert:0")),
-    (torch.bfloat16, 3e38, ("--delta", "int4", "--base", "expert:0")), (torch.bfloat16, 3e38, ("--delta", "int1")),
-])
-def test_values_past_the_range_are_named(tmp_path: Path, dtype: torch.dtype, size: float, flags: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "size", "flags"),
+    [
+        (torch.float16, 6e4, ("--delta", "rank4")),
+        (torch.float16, 6e4, ("--delta", "ternary0.05", "--base", "expert:0")),
+        (torch.bfloat16, 3e38, ("--delta", "int4", "--base", "expert:0")),
+        (torch.bfloat16, 3e38, ("--delta", "int1")),
+    ],
+)
+def test_values_past_the_range_are_named(
+    tmp_path: Path, dtype: torch.dtype, size: float, flags: tuple[str, ...]
+) -> None:
     """A sum that the dtype cannot hold is an error that says what to do; exact takes the same experts."""
     toy.make("mixtral", tmp_path / "wild", dtype=dtype)
     tensors, random = toy.load_file(tmp_path / "wild" / "model.safetensors"), torch.Generator().manual_seed(0)
@@ -199,7 +242,9 @@ def test_values_past_the_range_are_named(tmp_path: Path, dtype: torch.dtype, siz
     assert ran.code == 4 and "range" in ran.err and "exact" in ran.err and ".experts." in ran.err, ran
     done("compress", tmp_path / "wild", "--delta", "exact", "-o", tmp_path / "exact", "-q")
     done("restore", tmp_path / "exact", "-o", tmp_path / "plain", "-q")
-    assert (tmp_path / "plain" / "model.safetensors").read_bytes() == (tmp_path / "wild" / "model.safetensors").read_bytes()
+    assert (tmp_path / "plain" / "model.safetensors").read_bytes() == (
+        tmp_path / "wild" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_experts_that_are_not_alike(tmp_path: Path) -> None:

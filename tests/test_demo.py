@@ -28,9 +28,17 @@ def dense(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "dense"
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=256, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, tie_word_embeddings=True,
-        dtype=torch.bfloat16)
+        vocab_size=256,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        dtype=torch.bfloat16,
+    )
     transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     bytes_only = Tokenizer(models.BPE(vocab=letters, merges=[]))
@@ -76,12 +84,20 @@ def test_moe_is_a_stock_mixtral(dense, moe):
     assert type(model).__name__ == "MixtralForCausalLM" and model.dtype == torch.bfloat16
     assert not any(found.values()), found
     assert sorted(file.name for file in moe.glob("*.safetensors*")) == [
-        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ]
     assert transformers.AutoTokenizer.from_pretrained(moe)("ders").input_ids
     ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (moe, dense))
     assert {key: value for key, value in ours.items() if value != theirs.get(key, "absent")} == {
-        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4,
-        "num_experts_per_tok": 2, "router_aux_loss_coef": 0.001, "sliding_window": None}
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+    }
 
 
 def test_equal_experts_make_the_dense_model(dense, untrained_moe):
@@ -163,8 +179,10 @@ def test_every_expert_is_measured_on_its_own_text(dense, untrained_moe, short_te
     base = demo.dense_losses(dense, tokens)
     assert demo.expert_losses(dense, untrained_moe, tokens) == base
     model = demo.load_model(dense)
-    by_hand = [torch.nn.functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
-               for ids in tokens.values()]
+    by_hand = [
+        torch.nn.functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+        for ids in tokens.values()
+    ]
     assert base == pytest.approx(by_hand, abs=1e-5)  # fp32 means over 1,020 losses of about 6
 
     changed = demo.read_tensors(untrained_moe)
@@ -235,7 +253,12 @@ def test_command(dense, tmp_path, monkeypatch):
 
     monkeypatch.setattr(demo, "make_dense", lambda folder: shutil.copytree(dense, folder))
     result = done("demo", "-o", tmp_path / "models", "--steps", 1, "--json", "-q").json
-    assert result["schema"] == 1 and [row["delta"] for row in result["rows"]] == ["exact", "int4", "int1", "ternary0.02"]
+    assert result["schema"] == 1 and [row["delta"] for row in result["rows"]] == [
+        "exact",
+        "int4",
+        "int1",
+        "ternary0.02",
+    ]
     assert result["rows"][0]["equal"] and result["rows"][0]["losses"] == result["losses"]["full"]
     assert all(row["weight_error"] > 0 for row in result["rows"][1:])
 

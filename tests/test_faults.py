@@ -15,7 +15,13 @@ import toy
 from command import ders, done
 
 DELTAS = {  # a codec for every kind of part
-    "exact": "exact", "int4": "int4", "drop": "drop0.5", "top": "top0.1", "bitmap": "2:4", "ternary": "ternary0.1", "rank": "rank2",
+    "exact": "exact",
+    "int4": "int4",
+    "drop": "drop0.5",
+    "top": "top0.1",
+    "bitmap": "2:4",
+    "ternary": "ternary0.1",
+    "rank": "rank2",
     "chain": "drop0.5+int4",
 }
 
@@ -72,7 +78,10 @@ def test_one_flipped_bit_in_every_kind_of_part(folders: dict[str, Path], tmp_pat
         start, entries = _header(broken / "model.safetensors")
         begin, end = entries[tensor]["data_offsets"]
         experts = 1 if kind in ("copied", "guard", "base", "stream") else 3
-        middle, hit = (end - begin) // 2, f"expert {(end - begin) // 2 // ((end - begin) // 3)}: " if experts == 3 else ""
+        middle, hit = (
+            (end - begin) // 2,
+            f"expert {(end - begin) // 2 // ((end - begin) // 3)}: " if experts == 3 else "",
+        )
         _flip(broken / "model.safetensors", start + begin + middle)
         ran = ders("verify", broken)
         assert ran.code == 3 and f"{tensor}: {hit}damaged" in ran.out, (kind, ran)
@@ -84,7 +93,10 @@ def test_one_flipped_bit_in_every_kind_of_part(folders: dict[str, Path], tmp_pat
         else:
             _flip(broken / "model.safetensors", start + begin + middle)
         ran = ders("verify", broken)
-        assert kind == "copied" or f"{tensor.removesuffix('.base').split('.delta.')[0]}, expert " in ran.out, (kind, ran)
+        assert kind == "copied" or f"{tensor.removesuffix('.base').split('.delta.')[0]}, expert " in ran.out, (
+            kind,
+            ran,
+        )
         restored = ders("restore", broken, "-o", tmp_path / "plain" / kind)
         assert restored.code == 4 and not (tmp_path / "plain" / kind).exists(), (kind, restored)
 
@@ -134,7 +146,11 @@ def test_missing_shard_and_false_index(folders: dict[str, Path], tmp_path: Path)
 def _experts(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     tensors = toy.load_file(folder / "model.safetensors")
     change(tensors)
-    toy.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    toy.save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
 
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.{}.{}.weight"
@@ -167,7 +183,13 @@ def _router(t: dict[str, torch.Tensor]) -> None:
 
 
 FAULTS = {
-    "swapped": (_swap, [(GROUP.format("gate"), "1", "holds the reference's expert 2"), (GROUP.format("gate"), "2", "holds the reference's expert 1")]),
+    "swapped": (
+        _swap,
+        [
+            (GROUP.format("gate"), "1", "holds the reference's expert 2"),
+            (GROUP.format("gate"), "2", "holds the reference's expert 1"),
+        ],
+    ),
     "transposed": (_transpose, [(GROUP.format("up"), "1", "is transposed")]),
     "zeroed": (_zero, [(GROUP.format("down"), "0", "is all zeros")]),
     "nan": (_nan, [(GROUP.format("down"), "2", "NaN or infinity at [3, 5]")]),
@@ -189,7 +211,9 @@ def test_plain_against_plain(folders: dict[str, Path], tmp_path: Path, fault: st
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_conversion_of_a_broken_model_against_the_original(folders: dict[str, Path], tmp_path: Path, fault: str) -> None:
+def test_conversion_of_a_broken_model_against_the_original(
+    folders: dict[str, Path], tmp_path: Path, fault: str
+) -> None:
     """What was lost before or during a conversion shows against the original, for exact and for lossy codecs."""
     broken = _copy(folders, "source", tmp_path)
     change, expected = FAULTS[fault]
@@ -255,7 +279,9 @@ def test_wrong_base(folders: dict[str, Path], tmp_path: Path) -> None:
         ran = ders("verify", broken)
         assert ran.code == 3 and f"{base}: damaged" in ran.out and f"{GROUP.format('gate')}, expert 0" in ran.out
         with DersSource(broken) as source:
-            manifest = source.manifest | {"tensors": {n: source.reader.hashes(n, len(h)) for n, h in source.manifest["tensors"].items()}}
+            manifest = source.manifest | {
+                "tensors": {n: source.reader.hashes(n, len(h)) for n, h in source.manifest["tensors"].items()}
+            }
         (broken / "ders.json").write_bytes(manifest_text(manifest))
         ran = ders("verify", broken, "--against", folders["source"])
         assert ran.code in (3, 4) and GROUP.format("gate") in ran.out + ran.err
@@ -269,7 +295,21 @@ def test_wrong_reference(folders: dict[str, Path], tmp_path: Path) -> None:
 
 def test_bounds(folders: dict[str, Path]) -> None:
     source = folders["source"]
-    assert ders("verify", folders["int4"], "--against", source, "--max-error", 0.5, "--min-cosine", 0.9, "--max-output-error", 0.5).code == 0
+    assert (
+        ders(
+            "verify",
+            folders["int4"],
+            "--against",
+            source,
+            "--max-error",
+            0.5,
+            "--min-cosine",
+            0.9,
+            "--max-output-error",
+            0.5,
+        ).code
+        == 0
+    )
     for flag, value in (("--max-error", 1e-6), ("--max-output-error", 1e-6), ("--min-cosine", 1)):
         ran = ders("verify", folders["rank"], "--against", source, flag, value)
         assert ran.code == 3 and "bound" in ran.out
@@ -285,7 +325,13 @@ def test_output_error_by_hand(folders: dict[str, Path]) -> None:
     with open_source(folders["rank"]) as tested, open_source(folders["source"]) as original:
         y = []
         for source in (tested, original):
-            w = {g.projection: torch.from_numpy(source.read(g, 2, slice(0, 40)).view("int16")).view(torch.bfloat16).float() for g in source.groups if g.layer == 1}
+            w = {
+                g.projection: torch.from_numpy(source.read(g, 2, slice(0, 40)).view("int16"))
+                .view(torch.bfloat16)
+                .float()
+                for g in source.groups
+                if g.layer == 1
+            }
             y.append((torch.nn.functional.silu(x @ w["gate"].T) * (x @ w["up"].T)) @ w["down"].T)
     expected = ((y[0] - y[1]).norm() / y[1].norm()).item()
     found = next(e["output"] for e in report["experts"] if e["layer"] == 1 and e["expert"] == "2")
@@ -294,7 +340,9 @@ def test_output_error_by_hand(folders: dict[str, Path]) -> None:
 
 def test_hidden_states(folders: dict[str, Path], tmp_path: Path) -> None:
     toy.save_file({"hidden_states": torch.randn(5, 40)}, tmp_path / "h.safetensors")
-    real = done("verify", folders["int4"], "--against", folders["source"], "--hidden", tmp_path / "h.safetensors", "--json").json
+    real = done(
+        "verify", folders["int4"], "--against", folders["source"], "--hidden", tmp_path / "h.safetensors", "--json"
+    ).json
     assert all(0 < expert["output"] < 1 for expert in real["experts"])
     toy.save_file({"hidden_states": torch.randn(5, 41)}, tmp_path / "h.safetensors")
     ran = ders("verify", folders["int4"], "--against", folders["source"], "--hidden", tmp_path / "h.safetensors")

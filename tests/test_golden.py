@@ -11,7 +11,22 @@ import pytest
 from command import contents, done
 
 GOLDEN = Path(__file__).parent / "golden" / "format1"
-DELTAS = ["exact", "int8", "int4", "int3", "int2", "int1", "drop0.9", "ternary0.1", "top0.1", "top0.5", "2:4", "rank3", "drop0.5+int4", "int1+rank2"]
+DELTAS = [
+    "exact",
+    "int8",
+    "int4",
+    "int3",
+    "int2",
+    "int1",
+    "drop0.9",
+    "ternary0.1",
+    "top0.1",
+    "top0.5",
+    "2:4",
+    "rank3",
+    "drop0.5+int4",
+    "int1+rank2",
+]
 
 
 def folder_of(delta: str) -> Path:
@@ -35,11 +50,21 @@ def test_encoders_write_the_same_bytes(delta: str, tmp_path: Path) -> None:
 
 
 def main() -> None:
-    import toy
     import torch
+    import toy
 
     shutil.rmtree(GOLDEN, ignore_errors=True)
-    toy.make("mixtral", GOLDEN / "source", dtype=torch.bfloat16, hidden_size=24, intermediate_size=37, vocab_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    toy.make(
+        "mixtral",
+        GOLDEN / "source",
+        dtype=torch.bfloat16,
+        hidden_size=24,
+        intermediate_size=37,
+        vocab_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     for delta in DELTAS:
         done("compress", GOLDEN / "source", "--delta", delta, "--group-size", 16, "-o", folder_of(delta), "-q")
 

@@ -5,9 +5,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [  # from the roof down; a module imports from floors below its own
-    {"__main__"}, {"app"}, {"commands"}, {"conversion_command", "demonstration", "verify_report"}, {"convert", "restore", "verify", "demo", "junit"},
-    {"compare", "convert_group"}, {"describe"}, {"plan"}, {"recipe"}, {"base", "source", "output", "options"}, {"engines", "report"},
-    {"layouts"}, {"architectures", "codecs"}, {"checkpoint"}, {"errors", "registry"},
+    {"__main__"},
+    {"app"},
+    {"commands"},
+    {"conversion_command", "demonstration", "verify_report"},
+    {"convert", "restore", "verify", "demo", "junit"},
+    {"compare", "convert_group"},
+    {"describe"},
+    {"plan"},
+    {"recipe"},
+    {"base", "source", "output", "options"},
+    {"engines", "report"},
+    {"layouts"},
+    {"architectures", "codecs"},
+    {"checkpoint"},
+    {"errors", "registry"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
@@ -39,13 +51,19 @@ def test_imports_go_down() -> None:
 
 
 def test_every_room_has_a_floor() -> None:
-    rooms = {path.name.removesuffix(".py") for path in (ROOT / "ders_cli").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    rooms = {
+        path.name.removesuffix(".py")
+        for path in (ROOT / "ders_cli").iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
     assert rooms - {"__init__"} == set(FLOOR), rooms ^ set(FLOOR)
 
 
 def test_kernels_stand_alone() -> None:
     for path in (ROOT / "kernels").rglob("*.py"):
-        assert not [name for name in _imports(path) if name.split(".")[0] in ("ders_cli", "safetensors", "transformers")], path
+        assert not [
+            name for name in _imports(path) if name.split(".")[0] in ("ders_cli", "safetensors", "transformers")
+        ], path
     assert not (ROOT / "kernels" / "__init__.py").exists()  # transformers would take it for Hugging Face's `kernels`
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import toy
 import torch
+import toy
 from blake3 import blake3
 from independent_reader import draw, read_experts, read_tensors
 from safetensors.torch import load_file
@@ -63,8 +63,13 @@ def test_exact_takes_any_bits(tmp_path, dtype):
         for i, matrix in enumerate(torch.from_numpy(bits).view(getattr(torch, dtype))):
             tensors[f"model.layers.0.block_sparse_moe.experts.{i}.{name}.weight"] = matrix
     config = dict(
-        model_type="mixtral", hidden_size=40, intermediate_size=61, num_hidden_layers=1, num_local_experts=4,
-        num_experts_per_tok=2, hidden_act="silu",
+        model_type="mixtral",
+        hidden_size=40,
+        intermediate_size=61,
+        num_hidden_layers=1,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        hidden_act="silu",
     )
     toy.write(tmp_path / "moe", config, tensors | {"model.layers.0.block_sparse_moe.gate.weight": torch.ones(4, 40)})
     check(tmp_path / "moe", tmp_path, "--delta", "exact", "--base", "expert:0")

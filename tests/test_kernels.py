@@ -7,13 +7,14 @@ into holds something else before: NaN, 0xFF, -1.
 import numpy as np
 import pytest
 import torch
-from ders_cli.base import mean
-from ders_cli.codecs.base import gain
-from ders_cli.codecs.rank import RankCodec
 from ders_kernels import reference
 from ders_kernels.counter_rng import draw
 from ders_kernels.cpu_ops import floats, ints, lowrank, select, sums, ternary
 from ders_kernels.packing import code_bytes
+
+from ders_cli.base import mean
+from ders_cli.codecs.base import gain
+from ders_cli.codecs.rank import RankCodec
 
 SHAPES = [(1, 1), (1, 61), (3, 7), (5, 128), (4, 129), (61, 64), (2, 1536)]
 KINDS = ["gaussian", "half zeros", "zeros", "negative zeros", "subnormal", "bf16 subnormal", "huge", "outlier", "equal"]
@@ -28,7 +29,9 @@ def matrix(kind, shape):
     """fp32 deltas. The largest fp32 is 3.4e38, the smallest normal 1.2e-38, the smallest bf16 9.2e-41."""
     random = np.random.default_rng(shape[0] * 10_000 + shape[1])
     d = random.standard_normal(shape)
-    scale = {"subnormal": 1e-43, "bf16 subnormal": 1e-39, "huge": 5e37, "zeros": 0, "negative zeros": -0.0}.get(kind, 0.02)
+    scale = {"subnormal": 1e-43, "bf16 subnormal": 1e-39, "huge": 5e37, "zeros": 0, "negative zeros": -0.0}.get(
+        kind, 0.02
+    )
     d = np.clip(d, -3, 3) * scale
     if kind == "half zeros":
         d[random.random(shape) < 0.5] = 0
@@ -140,7 +143,9 @@ def test_integers(bits, kind, shape):
         packed = np.full((shape[0], code_bytes(shape[1], bits)), 0xFF, np.uint8)
         scales = np.full((shape[0], -(-shape[1] // group)), NAN, np.uint16)
         ints.encode(d, draws, bits, group, packed, scales)
-        codes, expected = reference.encode_int(torch.from_numpy(d), torch.from_numpy(draws.astype(np.int64)), bits, group)
+        codes, expected = reference.encode_int(
+            torch.from_numpy(d), torch.from_numpy(draws.astype(np.int64)), bits, group
+        )
         assert (packed == reference.pack_codes(codes, bits).numpy()).all()
         assert (scales == bits_of(expected)).all()
         out = np.full(shape, np.nan, np.float32)

@@ -311,8 +311,10 @@ def test_mixed_forms_and_stems(by_hand):
 # --- shared experts ---
 
 SHARED = {
-    "qwen2_moe": "mlp.shared_expert.{}_proj.weight", "deepseek_v3": "mlp.shared_experts.{}_proj.weight",
-    "hunyuan_v1_moe": "mlp.shared_mlp.{}_proj.weight", "llama4_text": "feed_forward.shared_expert.{}_proj.weight",
+    "qwen2_moe": "mlp.shared_expert.{}_proj.weight",
+    "deepseek_v3": "mlp.shared_experts.{}_proj.weight",
+    "hunyuan_v1_moe": "mlp.shared_mlp.{}_proj.weight",
+    "llama4_text": "feed_forward.shared_expert.{}_proj.weight",
     "nemotron_h": "mixer.shared_experts.{}_proj.weight",
 }
 

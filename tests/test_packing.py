@@ -107,7 +107,9 @@ def test_positions_equal_reference(n, m, unused):
     columns = random_columns(n, m, unused)
     parts = pack_positions(columns, m, unused)
     expected = reference.pack_positions(torch.from_numpy(columns).long(), m, unused)
-    assert {part: data.tolist() for part, data in parts.items()} == {part: data.tolist() for part, data in expected.items()}
+    assert {part: data.tolist() for part, data in parts.items()} == {
+        part: data.tolist() for part, data in expected.items()
+    }
     assert {part: data.shape[1] for part, data in parts.items()} == position_bytes(n, m, unused)
     assert (unpack_positions(parts, n, m, unused) == columns).all()
 
@@ -169,7 +171,9 @@ def test_positions_that_are_no_set(row, unused):
         unpack_positions({"low": low.numpy(), "high": high.numpy()}, 3, 41, unused)
 
 
-@pytest.mark.parametrize("bits", [[0], [3], [61], [0, 63]], ids=["too few", "too many", "beyond the row", "moved there"])
+@pytest.mark.parametrize(
+    "bits", [[0], [3], [61], [0, 63]], ids=["too few", "too many", "beyond the row", "moved there"]
+)
 def test_damaged_bitmap(bits):
     columns = np.tile(np.arange(0, 61, 2, dtype=np.int32), (3, 1))
     parts = pack_positions(columns, 61, False)

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from ders_cli.checkpoint.reader import CheckpointReader, read_view
 from ders_cli.checkpoint.tensor import TensorSpec
 from ders_cli.checkpoint.writer import ShardWriter, header_text
 from ders_cli.errors import CheckpointError, DersError
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def _folder(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
@@ -63,9 +64,14 @@ def test_lies_are_refused(tmp_path: Path, lie: str) -> None:
 @pytest.mark.parametrize(
     ("weight_map", "said"),
     [
-        ({"a": "../model.safetensors"}, "file name"), ({"a": "/etc/passwd"}, "file name"), ({"a": 3}, "file name"),
-        ({"a": "b\0.safetensors"}, "file name"), ({}, "weight_map"), ({"a": "none.safetensors"}, "missing"),
-        ({"a": "x.safetensors", "b": "x.safetensors"}, "b: missing"), ({"b": "x.safetensors"}, "missing"),
+        ({"a": "../model.safetensors"}, "file name"),
+        ({"a": "/etc/passwd"}, "file name"),
+        ({"a": 3}, "file name"),
+        ({"a": "b\0.safetensors"}, "file name"),
+        ({}, "weight_map"),
+        ({"a": "none.safetensors"}, "missing"),
+        ({"a": "x.safetensors", "b": "x.safetensors"}, "b: missing"),
+        ({"b": "x.safetensors"}, "missing"),
     ],
 )
 def test_index_lies(tmp_path: Path, weight_map: dict, said: str) -> None:
@@ -80,7 +86,9 @@ def test_model_beside_an_index_is_refused(tmp_path: Path) -> None:
     """transformers would silently load it instead of the shards."""
     _folder(tmp_path, {"a": _entry(0, 1, [1])}, b"1")
     (tmp_path / "x.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes())
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"a": "x.safetensors"}}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": {"a": "x.safetensors"}})
+    )
     with pytest.raises(CheckpointError, match="transformers would load it"):
         CheckpointReader(tmp_path)
 
@@ -101,7 +109,11 @@ def test_the_official_reader_agrees(tmp_path: Path) -> None:
     """What the writer writes, safetensors reads; the header is the one that safetensors would write."""
     from safetensors.numpy import load_file, save_file
 
-    tensors = {"b": np.arange(6, dtype=np.uint8).reshape(2, 3), "a": np.arange(4, dtype=np.int64), "none": np.zeros((0, 3), np.uint8)}
+    tensors = {
+        "b": np.arange(6, dtype=np.uint8).reshape(2, 3),
+        "a": np.arange(4, dtype=np.int64),
+        "none": np.zeros((0, 3), np.uint8),
+    }
     dtypes = {"b": "U8", "a": "I64", "none": "U8"}
     specs = {name: TensorSpec(tensor.shape, dtypes[name]) for name, tensor in tensors.items()}
     writer = ShardWriter(tmp_path / "x.safetensors", {n: s for n, s in specs.items() if n != "none"}, ["none"])
@@ -125,7 +137,12 @@ def test_the_official_reader_agrees(tmp_path: Path) -> None:
 def test_views_read_and_write(tmp_path: Path, strides: str) -> None:
     """read_view and write_view against numpy's own strides, any rows."""
     out, width = 7, 5
-    row, column, offset = {"contiguous": (width, 1, 3), "interleaved": (2 * width, 1, width), "transposed": (1, out, 0), "transposed interleaved": (2, 2 * out, 1)}[strides]
+    row, column, offset = {
+        "contiguous": (width, 1, 3),
+        "interleaved": (2 * width, 1, width),
+        "transposed": (1, out, 0),
+        "transposed interleaved": (2, 2 * out, 1),
+    }[strides]
     size = offset + (out - 1) * row + (width - 1) * column + 1
     flat = np.arange(size, dtype=np.uint16)
     expected = np.lib.stride_tricks.as_strided(flat[offset:], (out, width), (2 * row, 2 * column))
@@ -133,12 +150,16 @@ def test_views_read_and_write(tmp_path: Path, strides: str) -> None:
     writer = ShardWriter(tmp_path / "model.safetensors", spec)
     writer.write("t", 0, flat)
     for rows in (slice(0, 3), slice(3, 4), slice(4, 7)):
-        writer.write_view("t", offset, (row, column), rows.start, np.ascontiguousarray(expected[rows]) + np.uint16(1000))
+        writer.write_view(
+            "t", offset, (row, column), rows.start, np.ascontiguousarray(expected[rows]) + np.uint16(1000)
+        )
     writer.close()
     (tmp_path / "config.json").write_text("{}")
     with CheckpointReader(tmp_path) as reader:
         for rows in (slice(0, 7), slice(2, 5), slice(6, 7)):
-            assert np.array_equal(read_view(reader, "t", offset, (row, column), (out, width), rows), expected[rows] + 1000)
+            assert np.array_equal(
+                read_view(reader, "t", offset, (row, column), (out, width), rows), expected[rows] + 1000
+            )
         outside = reader.read("t")
     mask = np.ones(size, bool)
     np.lib.stride_tricks.as_strided(mask[offset:], (out, width), (row, column))[:] = False

@@ -59,7 +59,9 @@ def test_layouts_outside_transformers(tmp_path: Path, style: str) -> None:
         assert contents(plain) == contents(source)
 
 
-@pytest.mark.parametrize("delta", ["int4", "int1", "drop0.9", "ternary0.1", "top0.1", "2:4", "rank4", "drop0.5+int4", "int1+rank2"])
+@pytest.mark.parametrize(
+    "delta", ["int4", "int1", "drop0.9", "ternary0.1", "top0.1", "2:4", "rank4", "drop0.5+int4", "int1+rank2"]
+)
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "dbrx", "nemotron_h"])
 def test_lossy_restores_what_it_noted(tmp_path: Path, name: str, delta: str) -> None:
     """A lossy conversion verifies against its original, restores, and the restored folder is what verify measured."""
@@ -79,10 +81,14 @@ def test_lossy_restores_what_it_noted(tmp_path: Path, name: str, delta: str) -> 
 def test_source_is_never_written(tmp_path: Path) -> None:
     source = tmp_path / "source"
     toy.make("mixtral", source)
-    before = {path: (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns) for path in source.iterdir()}
+    before = {
+        path: (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns) for path in source.iterdir()
+    }
     done("compress", source, "--delta", "int2", "-o", tmp_path / "packed", "-q")
     done("restore", tmp_path / "packed", "-o", tmp_path / "plain", "-q")
-    assert before == {path: (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns) for path in source.iterdir()}
+    assert before == {
+        path: (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns) for path in source.iterdir()
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
@@ -131,7 +137,9 @@ def test_decomposed_converts_like_the_original(tmp_path: Path) -> None:
     source, exact = tmp_path / "source", tmp_path / "exact"
     toy.make("qwen3_moe", source, dtype=torch.bfloat16)
     done("decompose", source, "-o", exact, "-q")
-    for number, command in enumerate((["quantize", "--bits", 4], ["sparsify", "--drop", 0.9], ["sparsify", "--method", "2:4"])):
+    for number, command in enumerate(
+        (["quantize", "--bits", 4], ["sparsify", "--drop", 0.9], ["sparsify", "--method", "2:4"])
+    ):
         first, second = tmp_path / f"a{number}", tmp_path / f"b{number}"
         done(command[0], source, *command[1:], "-o", first, "-q")
         done(command[0], exact, *command[1:], "-o", second, "-q")

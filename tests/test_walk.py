@@ -87,7 +87,9 @@ def test_resume_gives_the_same_bytes(source: Path, tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").is_dir()
     refused = ders("compress", source, *flags, "-o", tmp_path / "out")
     assert refused.code == 2 and "--resume" in refused.err
-    other = ders("compress", source, "--delta", "int4", "--max-shard-size", "30kB", "-q", "-o", tmp_path / "out", "--resume")
+    other = ders(
+        "compress", source, "--delta", "int4", "--max-shard-size", "30kB", "-q", "-o", tmp_path / "out", "--resume"
+    )
     assert other.code == 2 and "another recipe" in other.err
     kept = (tmp_path / "out.partial" / calls[0]).stat().st_mtime_ns
     done("compress", source, *flags, "-o", tmp_path / "out", "--resume")
@@ -106,7 +108,9 @@ def test_recipe_and_flags_agree(source: Path, tmp_path: Path) -> None:
 
 def test_rules_choose_codecs(source: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "mixed.yaml"
-    recipe.write_text("delta: int1\nrules:\n  - {layers: 0, projections: [down], delta: exact}\n  - {layers: 1-9, delta: int8, group_size: 16}\n")
+    recipe.write_text(
+        "delta: int1\nrules:\n  - {layers: 0, projections: [down], delta: exact}\n  - {layers: 1-9, delta: int8, group_size: 16}\n"
+    )
     done("compress", source, "--recipe", recipe, "-o", tmp_path / "out", "-q")
     groups = json.loads((tmp_path / "out" / "ders.json").read_text())["groups"]
     codec = {(g["layer"], g["projection"]): g["codec"] for g in groups}
@@ -127,7 +131,9 @@ def test_stock_loading_raises(source: Path, tmp_path: Path) -> None:
 
 
 def test_memory_bound_lowers_the_threads(source: Path, tmp_path: Path) -> None:
-    few = done("compress", source, "-j", 8, "--max-memory", "120MB", "-o", tmp_path / "a", "--dry-run", "--json").json["plan"]
+    few = done("compress", source, "-j", 8, "--max-memory", "120MB", "-o", tmp_path / "a", "--dry-run", "--json").json[
+        "plan"
+    ]
     assert few["peak_memory_bytes"] <= 120_000_000
     refused = ders("compress", source, "--max-memory", "1MB", "-o", tmp_path / "a")
     assert refused.code == 2 and "--max-memory" in refused.err

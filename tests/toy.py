@@ -15,15 +15,33 @@ from torch import Tensor
 
 HIDDEN, INNER, VOCAB = 40, 43, 61
 DENSE = dict(
-    vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    vocab_size=VOCAB,
+    hidden_size=HIDDEN,
+    intermediate_size=INNER,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
 )
 QWEN = DENSE | dict(moe_intermediate_size=INNER, head_dim=10, num_experts_per_tok=2)
 MLA = dict(kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
-DEEPSEEK = DENSE | MLA | dict(
-    num_key_value_heads=4,
-    n_routed_experts=4, moe_intermediate_size=INNER, n_shared_experts=1, first_k_dense_replace=1, num_hidden_layers=3,
-    num_experts_per_tok=2, n_group=1, topk_group=1,
+DEEPSEEK = (
+    DENSE
+    | MLA
+    | dict(
+        num_key_value_heads=4,
+        n_routed_experts=4,
+        moe_intermediate_size=INNER,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        num_hidden_layers=3,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+    )
 )
 MODELS: dict[str, dict] = {
     "mixtral": DENSE | dict(num_local_experts=3),
@@ -32,9 +50,15 @@ MODELS: dict[str, dict] = {
     "minimax_m2": DENSE | dict(num_local_experts=3, num_experts_per_tok=2, head_dim=10, rotary_dim=10),
     "qwen2_moe": QWEN | dict(num_experts=3, shared_expert_intermediate_size=INNER),
     "qwen3_moe": QWEN | dict(num_experts=5, num_hidden_layers=3),
-    "qwen3_next": QWEN | dict(
-        num_experts=3, shared_expert_intermediate_size=INNER, layer_types=["linear_attention", "full_attention"],
-        linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+    "qwen3_next": QWEN
+    | dict(
+        num_experts=3,
+        shared_expert_intermediate_size=INNER,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
     ),
     "olmoe": DENSE | dict(num_experts=3, num_experts_per_tok=2),
     "flex_olmo": DENSE | dict(num_experts=3, num_experts_per_tok=2),
@@ -42,36 +66,72 @@ MODELS: dict[str, dict] = {
     "deepseek_v3": DEEPSEEK,
     "glm4_moe": QWEN | dict(n_routed_experts=3, n_shared_experts=1, first_k_dense_replace=1, n_group=1, topk_group=1),
     "ernie4_5_moe": QWEN | dict(moe_num_experts=3, moe_k=2, moe_num_shared_experts=1, moe_layer_start_index=1),
-    "exaone_moe": QWEN | dict(
-        num_experts=3, num_shared_experts=1, first_k_dense_replace=1, n_group=1, topk_group=1,
+    "exaone_moe": QWEN
+    | dict(
+        num_experts=3,
+        num_shared_experts=1,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
     ),
     "hunyuan_v1_moe": DENSE | dict(num_experts=3, moe_topk=2, head_dim=10),
     "cohere2_moe": DENSE | dict(num_experts=3, num_experts_per_tok=2),
     "afmoe": QWEN | dict(num_experts=3, num_dense_layers=1, num_shared_experts=1),
     "lfm2_moe": QWEN | dict(num_experts=3, num_dense_layers=1, layer_types=["conv", "full_attention"]),
-    "jamba": DENSE | dict(
-        num_experts=3, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
-        mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False,
+    "jamba": DENSE
+    | dict(
+        num_experts=3,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        mamba_d_state=4,
+        mamba_dt_rank=4,
+        use_mamba_kernels=False,
     ),
     "granitemoe": DENSE | dict(num_local_experts=3, num_experts_per_tok=2),
     "granitemoeshared": DENSE | dict(num_local_experts=3, num_experts_per_tok=2, shared_intermediate_size=INNER),
     "jetmoe": DENSE | dict(num_local_experts=3, num_experts_per_tok=2, kv_channels=10),
-    "gemma4_text": QWEN | dict(
-        enable_moe_block=True, num_experts=3, top_k_experts=2, global_head_dim=10, vocab_size_per_layer_input=VOCAB,
-        hidden_size_per_layer_input=0, layer_types=["sliding_attention", "full_attention"], num_kv_shared_layers=0,
+    "gemma4_text": QWEN
+    | dict(
+        enable_moe_block=True,
+        num_experts=3,
+        top_k_experts=2,
+        global_head_dim=10,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=0,
+        layer_types=["sliding_attention", "full_attention"],
+        num_kv_shared_layers=0,
     ),
     "gpt_oss": DENSE | dict(num_local_experts=3, num_experts_per_tok=2, head_dim=10),
-    "llama4_text": DENSE | dict(
-        num_local_experts=3, intermediate_size_mlp=48, head_dim=10, moe_layers=[1], interleave_moe_layer_step=2,
+    "llama4_text": DENSE
+    | dict(
+        num_local_experts=3,
+        intermediate_size_mlp=48,
+        head_dim=10,
+        moe_layers=[1],
+        interleave_moe_layer_step=2,
     ),
     "dbrx": dict(
-        vocab_size=VOCAB, d_model=HIDDEN, n_heads=4, n_layers=2, max_seq_len=64,
+        vocab_size=VOCAB,
+        d_model=HIDDEN,
+        n_heads=4,
+        n_layers=2,
+        max_seq_len=64,
         ffn_config=dict(ffn_hidden_size=INNER, moe_num_experts=3, moe_top_k=2),
         attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=1e4),
     ),
-    "nemotron_h": {k: v for k, v in QWEN.items() if k != "num_hidden_layers"} | dict(
-        layers_block_type=["mamba", "attention", "moe"], n_routed_experts=3, moe_shared_expert_intermediate_size=INNER,
-        mamba_num_heads=4, mamba_head_dim=8, ssm_state_size=8, n_groups=1, n_group=1, topk_group=1,
+    "nemotron_h": {k: v for k, v in QWEN.items() if k != "num_hidden_layers"}
+    | dict(
+        layers_block_type=["mamba", "attention", "moe"],
+        n_routed_experts=3,
+        moe_shared_expert_intermediate_size=INNER,
+        mamba_num_heads=4,
+        mamba_head_dim=8,
+        ssm_state_size=8,
+        n_groups=1,
+        n_group=1,
+        topk_group=1,
     ),
 }
 
@@ -172,7 +232,10 @@ def moe_llava(folder: Path, style: str = "stablelm", *, meta: bool = False, dtyp
         if layer % 2 == 0:
             tensors[f"{mlp}.deepspeed_moe.gate.wg.weight"] = torch.randn(3, HIDDEN, generator=random)
     config = dict(
-        model_type=f"moe_llava_{style}", hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=3,
+        model_type=f"moe_llava_{style}",
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=3,
         hidden_act="gelu_new" if style == "phi" else "silu",
         moe=dict(moe_enable=True, moe_layers_idx=[0, 2], num_experts=[3, 3], top_k_experts=2, use_residual=False),
     )
@@ -189,8 +252,14 @@ def xft(folder: Path, dtype: torch.dtype = torch.bfloat16):
             tensors |= _upcycled(names, shape, random)
         tensors[f"{mlp}.gate.gate_network.0.weight"] = torch.randn(3, HIDDEN, generator=random)
     config = dict(
-        model_type="llama_moe_upscaling", hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=2,
-        hidden_act="silu", num_experts=4, num_selects=2, gate_type="TopKUniversalBalancedNoisyGate",
+        model_type="llama_moe_upscaling",
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=2,
+        hidden_act="silu",
+        num_experts=4,
+        num_selects=2,
+        gate_type="TopKUniversalBalancedNoisyGate",
     )
     return write(folder, config, {name: tensor.to(dtype) for name, tensor in tensors.items()})
 
@@ -211,7 +280,11 @@ def mixed(folder: Path, dtype: torch.dtype = torch.bfloat16):
             }
         tensors |= of_layer | {f"{layer}.mlp.gate.weight": torch.randn(3, HIDDEN, generator=random)}
     config = dict(
-        model_type="qwen3_moe", hidden_size=HIDDEN, moe_intermediate_size=INNER, num_hidden_layers=2, num_experts=3,
+        model_type="qwen3_moe",
+        hidden_size=HIDDEN,
+        moe_intermediate_size=INNER,
+        num_hidden_layers=2,
+        num_experts=3,
         hidden_act="silu",
     )
     return write(folder, config, {name: tensor.to(dtype) for name, tensor in tensors.items()})

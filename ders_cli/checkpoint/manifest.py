@@ -47,7 +47,9 @@ def planned_bytes(placeholder: Mapping[str, Any]) -> int:
 
 def index_text(weight_map: Mapping[str, str], metadata: Mapping[str, Any]) -> bytes:
     """The shard index, as transformers writes it."""
-    return (json.dumps({"metadata": dict(metadata), "weight_map": dict(weight_map)}, indent=2, sort_keys=True) + "\n").encode()
+    return (
+        json.dumps({"metadata": dict(metadata), "weight_map": dict(weight_map)}, indent=2, sort_keys=True) + "\n"
+    ).encode()
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -68,9 +70,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """ders.json, its checksum and format version checked. Raises CheckpointError."""
     manifest = read_json(folder / MANIFEST, "the DeRS manifest")
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{folder / MANIFEST}: format {manifest.get('format')!r:.20}; this ders reads format {FORMAT}")
+        raise CheckpointError(
+            f"{folder / MANIFEST}: format {manifest.get('format')!r:.20}; this ders reads format {FORMAT}"
+        )
     if manifest.get("checksum") != checksum(manifest):
-        raise CheckpointError(f"{folder / MANIFEST}: its checksum does not match its content; the file was changed or damaged")
+        raise CheckpointError(
+            f"{folder / MANIFEST}: its checksum does not match its content; the file was changed or damaged"
+        )
     return manifest
-
-

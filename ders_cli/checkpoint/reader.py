@@ -139,7 +139,9 @@ def _listed_files(folder: Path) -> tuple[list[str], dict[str, str] | None, dict[
         if len(loose) > 1:
             raise CheckpointError(f"{folder}: {len(loose)} safetensors files but no {INDEX}; which are the model?")
         if not loose:
-            raise UnsupportedError(f"{folder}: no *.safetensors; ders reads no pickles (.bin, .pt): save as safetensors")
+            raise UnsupportedError(
+                f"{folder}: no *.safetensors; ders reads no pickles (.bin, .pt): save as safetensors"
+            )
         return loose, None, {}
     index = read_json(folder / INDEX, "the shard index")
     weight_map = index.get("weight_map")
@@ -212,7 +214,9 @@ class CheckpointReader:
         self.read_bytes(name, start * row_bytes, out)
         return out
 
-    def chunks(self, name: str, begin: int = 0, end: int | None = None, chunk_bytes: int = 4 << 20) -> Iterator[np.ndarray]:
+    def chunks(
+        self, name: str, begin: int = 0, end: int | None = None, chunk_bytes: int = 4 << 20
+    ) -> Iterator[np.ndarray]:
         """The tensor's bytes begin ... end from front to back, in one reused uint8 buffer."""
         end = self.tensors[name].nbytes if end is None else end
         buffer = np.empty(min(chunk_bytes, end - begin), np.uint8)

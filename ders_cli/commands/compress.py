@@ -10,11 +10,31 @@ from ..conversion_command import convert_command
 
 def compress(
     model: o.MODEL,
-    delta: Annotated[str | None, typer.Option("--delta", help="exact, int8 ... int1, dropP, ternaryK, topK, N:M, rankR, or a chain a+b. Default: int4.")] = None,
-    recipe: Annotated[str | None, typer.Option("--recipe", help="A YAML file, or a published recipe: lossless, int4, onebit, subbit, paper-drop90.")] = None,
-    output: o.OUTPUT = None, base: o.BASE = None, group_size: o.GROUP_SIZE = None, seed: o.SEED = None,
-    shared: o.SHARED = False, jobs: o.JOBS = None, max_memory: o.MAX_MEMORY = None, max_shard_size: o.SHARD_SIZE = "5GB",
-    dry_run: o.DRY_RUN = False, overwrite: o.OVERWRITE = False, resume: o.RESUME = False, quiet: o.QUIET = False, as_json: o.JSON = False,
+    delta: Annotated[
+        str | None,
+        typer.Option(
+            "--delta", help="exact, int8 ... int1, dropP, ternaryK, topK, N:M, rankR, or a chain a+b. Default: int4."
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe", help="A YAML file, or a published recipe: lossless, int4, onebit, subbit, paper-drop90."
+        ),
+    ] = None,
+    output: o.OUTPUT = None,
+    base: o.BASE = None,
+    group_size: o.GROUP_SIZE = None,
+    seed: o.SEED = None,
+    shared: o.SHARED = False,
+    jobs: o.JOBS = None,
+    max_memory: o.MAX_MEMORY = None,
+    max_shard_size: o.SHARD_SIZE = "5GB",
+    dry_run: o.DRY_RUN = False,
+    overwrite: o.OVERWRITE = False,
+    resume: o.RESUME = False,
+    quiet: o.QUIET = False,
+    as_json: o.JSON = False,
 ) -> None:
     """Store a MoE's experts as one base and light deltas.
 
@@ -28,8 +48,28 @@ def compress(
 
         ders compress mixtral --recipe subbit
     """
-    fields = {"delta": delta if delta or recipe else "int4", "base": base, "group_size": group_size, "seed": seed, "shared": shared}
-    convert_command("compress", model, output, fields, recipe, jobs, max_memory, max_shard_size, dry_run, overwrite, resume, quiet, as_json)
+    fields = {
+        "delta": delta if delta or recipe else "int4",
+        "base": base,
+        "group_size": group_size,
+        "seed": seed,
+        "shared": shared,
+    }
+    convert_command(
+        "compress",
+        model,
+        output,
+        fields,
+        recipe,
+        jobs,
+        max_memory,
+        max_shard_size,
+        dry_run,
+        overwrite,
+        resume,
+        quiet,
+        as_json,
+    )
 
 
 COMMAND = compress

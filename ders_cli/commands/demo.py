@@ -16,13 +16,19 @@ SCHEMA = 1
 
 
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the models that the demo makes (about 3 GB).")] = Path("ders-demo"),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for the models that the demo makes (about 3 GB).")
+    ] = Path("ders-demo"),
     steps: Annotated[int, typer.Option("--steps", help="Training steps of each expert.", min=1)] = 15,
-    seed: o.SEED = None, jobs: o.JOBS = None, overwrite: o.OVERWRITE = False, quiet: o.QUIET = False, as_json: o.JSON = False,
+    seed: o.SEED = None,
+    jobs: o.JOBS = None,
+    overwrite: o.OVERWRITE = False,
+    quiet: o.QUIET = False,
+    as_json: o.JSON = False,
 ) -> None:
     """Make a real small MoE, convert it four ways, verify, restore, and print size and loss of each.
 
-    Takes about four minutes on two cores. The experts' training is short: enough to show what conversion keeps.
+    Takes three to five minutes on two cores. The experts' training is short: enough to show what conversion keeps.
 
     Examples:
 
@@ -50,9 +56,13 @@ def demo(
         return
     training = result["training"]
     print_table("ders demo", *table(result))
-    print(f"Loss: nats per token, mean over {len(result['kinds'])} experts, each on unseen text of its kind ({', '.join(result['kinds'])}).")
-    print(f"Training was short: {training['steps']} steps of {training['tokens_per_step']} tokens an expert. "
-          f"All in all {result['seconds'] / 60:.1f} minutes. Models are in {output}.")
+    print(
+        f"Loss: nats per token, mean over {len(result['kinds'])} experts, each on unseen text of its kind ({', '.join(result['kinds'])})."
+    )
+    print(
+        f"Training was short: {training['steps']} steps of {training['tokens_per_step']} tokens an expert. "
+        f"All in all {result['seconds'] / 60:.1f} minutes. Models are in {output}."
+    )
 
 
 COMMAND = demo

@@ -11,9 +11,19 @@ from ..conversion_command import convert_command
 def quantize(
     model: o.MODEL,
     bits: Annotated[int, typer.Option("--bits", help="Bits of each delta entry.", min=1, max=8)] = 4,
-    output: o.OUTPUT = None, base: o.BASE = None, group_size: o.GROUP_SIZE = None, seed: o.SEED = None,
-    shared: o.SHARED = False, jobs: o.JOBS = None, max_memory: o.MAX_MEMORY = None, max_shard_size: o.SHARD_SIZE = "5GB",
-    dry_run: o.DRY_RUN = False, overwrite: o.OVERWRITE = False, resume: o.RESUME = False, quiet: o.QUIET = False, as_json: o.JSON = False,
+    output: o.OUTPUT = None,
+    base: o.BASE = None,
+    group_size: o.GROUP_SIZE = None,
+    seed: o.SEED = None,
+    shared: o.SHARED = False,
+    jobs: o.JOBS = None,
+    max_memory: o.MAX_MEMORY = None,
+    max_shard_size: o.SHARD_SIZE = "5GB",
+    dry_run: o.DRY_RUN = False,
+    overwrite: o.OVERWRITE = False,
+    resume: o.RESUME = False,
+    quiet: o.QUIET = False,
+    as_json: o.JSON = False,
 ) -> None:
     """Quantise the deltas of a decomposed checkpoint, or of a plain MoE.
 
@@ -24,7 +34,21 @@ def quantize(
         ders quantize mixtral --bits 1 --group-size 64 -o mixtral-1bit
     """
     fields = {"delta": f"int{bits}", "base": base, "group_size": group_size, "seed": seed, "shared": shared}
-    convert_command("quantize", model, output, fields, None, jobs, max_memory, max_shard_size, dry_run, overwrite, resume, quiet, as_json)
+    convert_command(
+        "quantize",
+        model,
+        output,
+        fields,
+        None,
+        jobs,
+        max_memory,
+        max_shard_size,
+        dry_run,
+        overwrite,
+        resume,
+        quiet,
+        as_json,
+    )
 
 
 COMMAND = quantize

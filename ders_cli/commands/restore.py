@@ -8,8 +8,14 @@ SCHEMA = 1
 
 
 def restore(
-    model: o.MODEL, output: o.OUTPUT = None, jobs: o.JOBS = None, dry_run: o.DRY_RUN = False,
-    overwrite: o.OVERWRITE = False, resume: o.RESUME = False, quiet: o.QUIET = False, as_json: o.JSON = False,
+    model: o.MODEL,
+    output: o.OUTPUT = None,
+    jobs: o.JOBS = None,
+    dry_run: o.DRY_RUN = False,
+    overwrite: o.OVERWRITE = False,
+    resume: o.RESUME = False,
+    quiet: o.QUIET = False,
+    as_json: o.JSON = False,
 ) -> None:
     """Write the plain MoE checkpoint again, in the original's own layout and shards.
 

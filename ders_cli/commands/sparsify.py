@@ -12,11 +12,25 @@ from ..errors import UsageError
 
 def sparsify(
     model: o.MODEL,
-    drop: Annotated[float | None, typer.Option("--drop", help="Share of entries to drop. Default: 0.9.", min=0, max=1)] = None,
-    method: Annotated[str, typer.Option("--method", help="random (DARE), ternary (unbiased, one value), magnitude, or N:M such as 2:4.")] = "random",
-    output: o.OUTPUT = None, base: o.BASE = None, seed: o.SEED = None,
-    shared: o.SHARED = False, jobs: o.JOBS = None, max_memory: o.MAX_MEMORY = None, max_shard_size: o.SHARD_SIZE = "5GB",
-    dry_run: o.DRY_RUN = False, overwrite: o.OVERWRITE = False, resume: o.RESUME = False, quiet: o.QUIET = False, as_json: o.JSON = False,
+    drop: Annotated[
+        float | None, typer.Option("--drop", help="Share of entries to drop. Default: 0.9.", min=0, max=1)
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option("--method", help="random (DARE), ternary (unbiased, one value), magnitude, or N:M such as 2:4."),
+    ] = "random",
+    output: o.OUTPUT = None,
+    base: o.BASE = None,
+    seed: o.SEED = None,
+    shared: o.SHARED = False,
+    jobs: o.JOBS = None,
+    max_memory: o.MAX_MEMORY = None,
+    max_shard_size: o.SHARD_SIZE = "5GB",
+    dry_run: o.DRY_RUN = False,
+    overwrite: o.OVERWRITE = False,
+    resume: o.RESUME = False,
+    quiet: o.QUIET = False,
+    as_json: o.JSON = False,
 ) -> None:
     """Drop most entries of the deltas of a decomposed checkpoint, or of a plain MoE.
 
@@ -29,7 +43,21 @@ def sparsify(
         ders sparsify mixtral --method 2:4
     """
     fields = {"delta": _delta(method, drop), "base": base, "seed": seed, "shared": shared}
-    convert_command("sparsify", model, output, fields, None, jobs, max_memory, max_shard_size, dry_run, overwrite, resume, quiet, as_json)
+    convert_command(
+        "sparsify",
+        model,
+        output,
+        fields,
+        None,
+        jobs,
+        max_memory,
+        max_shard_size,
+        dry_run,
+        overwrite,
+        resume,
+        quiet,
+        as_json,
+    )
 
 
 def _delta(method: str, drop: float | None) -> str:

@@ -12,17 +12,37 @@ from ..errors import DersError, UsageError
 
 def verify(
     model: o.MODEL,
-    reference: Annotated[Path | None, typer.Argument(help="Checkpoint to compare with; the same as --against.", show_default=False)] = None,
-    against: Annotated[Path | None, typer.Option("--against", help="Checkpoint to compare with: the original, or any MoE of the same model.")] = None,
-    max_error: Annotated[float | None, typer.Option("--max-error", help="Bound on each matrix's relative Frobenius error.", min=0)] = None,
-    max_output_error: Annotated[float | None, typer.Option("--max-output-error", help="Bound on each expert's relative FFN output error.", min=0)] = None,
-    min_cosine: Annotated[float | None, typer.Option("--min-cosine", help="Bound on each matrix's cosine.", min=-1, max=1)] = None,
-    hidden: Annotated[Path | None, typer.Option("--hidden", help="Real hidden states: safetensors with `layers.N` or `hidden_states`, [tokens, hidden].")] = None,
+    reference: Annotated[
+        Path | None, typer.Argument(help="Checkpoint to compare with; the same as --against.", show_default=False)
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", help="Checkpoint to compare with: the original, or any MoE of the same model."),
+    ] = None,
+    max_error: Annotated[
+        float | None, typer.Option("--max-error", help="Bound on each matrix's relative Frobenius error.", min=0)
+    ] = None,
+    max_output_error: Annotated[
+        float | None,
+        typer.Option("--max-output-error", help="Bound on each expert's relative FFN output error.", min=0),
+    ] = None,
+    min_cosine: Annotated[
+        float | None, typer.Option("--min-cosine", help="Bound on each matrix's cosine.", min=-1, max=1)
+    ] = None,
+    hidden: Annotated[
+        Path | None,
+        typer.Option(
+            "--hidden", help="Real hidden states: safetensors with `layers.N` or `hidden_states`, [tokens, hidden]."
+        ),
+    ] = None,
     output: Annotated[bool, typer.Option("--output/--no-output", help="Measure the FFN's output error too.")] = True,
     tokens: Annotated[int, typer.Option("--tokens", help="Random hidden states per layer.", min=1, max=4096)] = 16,
-    shared: o.SHARED = False, seed: o.SEED = None, jobs: o.JOBS = None,
+    shared: o.SHARED = False,
+    seed: o.SEED = None,
+    jobs: o.JOBS = None,
     junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML here.")] = None,
-    quiet: o.QUIET = False, as_json: o.JSON = False,
+    quiet: o.QUIET = False,
+    as_json: o.JSON = False,
 ) -> None:
     """Prove a conversion: a DeRS checkpoint by itself, or any two MoE checkpoints against each other.
 
@@ -49,7 +69,9 @@ def verify(
     try:
         with open_source(model, shared) as tested:
             other = open_source(reference, shared or tested.shared) if reference else None
-            report = action.verify(tested, other, bounds, hidden, output, tokens, seed or 0, jobs or o.default_jobs(), quiet)
+            report = action.verify(
+                tested, other, bounds, hidden, output, tokens, seed or 0, jobs or o.default_jobs(), quiet
+            )
     except DersError as error:
         if junit:
             write_junit(junit, {}, str(error))

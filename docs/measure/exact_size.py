@@ -39,13 +39,18 @@ def main() -> None:
     before, source = digests(args.model), sum(path.stat().st_size for path in args.model.glob("*.safetensors"))
     for base in args.base:
         packed, plain = args.scratch / "packed", args.scratch / "plain"
-        out, packing = ders("compress", str(args.model), "--delta", "exact", "--base", base, "-o", str(packed), "--json")
+        out, packing = ders(
+            "compress", str(args.model), "--delta", "exact", "--base", base, "-o", str(packed), "--json"
+        )
         _, restoring = ders("restore", str(packed), "-o", str(plain), "-q")
         report, same = json.loads(out), digests(plain) == before
         weights = report["bytes"]["weights"]
-        print(f"exact, base {report['recipe']['base']:12s} {report['bytes']['bits_per_delta_weight']:.4f} bits per delta weight; weight files "
-              f"{weights:,} of {source:,} = {weights / source:.4f}; {packing:.1f} s, restore {restoring:.1f} s; "
-              f"restored files {'identical (SHA-256)' if same else 'DIFFER'}", flush=True)
+        print(
+            f"exact, base {report['recipe']['base']:12s} {report['bytes']['bits_per_delta_weight']:.4f} bits per delta weight; weight files "
+            f"{weights:,} of {source:,} = {weights / source:.4f}; {packing:.1f} s, restore {restoring:.1f} s; "
+            f"restored files {'identical (SHA-256)' if same else 'DIFFER'}",
+            flush=True,
+        )
         shutil.rmtree(packed)
         shutil.rmtree(plain)
     if args.no_others:
@@ -55,8 +60,13 @@ def main() -> None:
 
     total, began = 0, time.time()
     for file in files:
-        total += len(zipnn.ZipNN(bytearray_dtype="bfloat16", input_format="byte").compress(bytearray(file.read_bytes())))
-    print(f"zipnn {zipnn.__version__ if hasattr(zipnn, '__version__') else ''} of the same files: {total:,} = {total / source:.4f}; {time.time() - began:.1f} s", flush=True)
+        total += len(
+            zipnn.ZipNN(bytearray_dtype="bfloat16", input_format="byte").compress(bytearray(file.read_bytes()))
+        )
+    print(
+        f"zipnn {zipnn.__version__ if hasattr(zipnn, '__version__') else ''} of the same files: {total:,} = {total / source:.4f}; {time.time() - began:.1f} s",
+        flush=True,
+    )
     import zstandard
 
     total, began = 0, time.time()

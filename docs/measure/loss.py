@@ -31,7 +31,9 @@ def losses(folder: Path, tokens: dict[str, list[list[int]]]) -> dict[str, float]
             for begin in range(0, len(sequences), 4):
                 ids = torch.tensor(sequences[begin : begin + 4])
                 logits = model(ids).logits[:, :-1]
-                total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+                total += torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+                ).item()
                 count += ids[:, 1:].numel()
             found[domain] = total / count
     return found
@@ -87,15 +89,32 @@ def main() -> None:
                 row |= {"base": "", "bits": round_whole_experts(args.model, plain, int(delta[3:]))}
             else:
                 ders = [sys.executable, "-m", "ders_cli"]
-                command = [*ders, "compress", str(args.model), "--delta", delta, "--base", args.base, "-o", str(packed), "--json"]
+                command = [
+                    *ders,
+                    "compress",
+                    str(args.model),
+                    "--delta",
+                    delta,
+                    "--base",
+                    args.base,
+                    "-o",
+                    str(packed),
+                    "--json",
+                ]
                 report = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-                row |= {"bits": report["bytes"]["bits_per_delta_weight"], "share": report["output_bytes"] / report["plan"]["source_bytes"]}
+                row |= {
+                    "bits": report["bytes"]["bits_per_delta_weight"],
+                    "share": report["output_bytes"] / report["plan"]["source_bytes"],
+                }
                 subprocess.run([*ders, "restore", str(packed), "-o", str(plain), "-q"], check=True, capture_output=True)
             row["loss"] = losses(plain, tokens)
         above = {domain: row["loss"][domain] - original[domain] for domain in original}
         row |= {"above": above, "worst": max(above.values())}
         _append(args.out, row)
-        print(f"{delta:16s} {row['bits']:7.3f} bits  worst {row['worst']:+.4f}  mean {sum(above.values()) / len(above):+.4f}  ({time.time() - began:.0f} s)", flush=True)
+        print(
+            f"{delta:16s} {row['bits']:7.3f} bits  worst {row['worst']:+.4f}  mean {sum(above.values()) / len(above):+.4f}  ({time.time() - began:.0f} s)",
+            flush=True,
+        )
 
 
 def _append(path: Path, row: dict) -> None:

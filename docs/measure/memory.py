@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+
 from ders_cli.checkpoint.tensor import TensorSpec
 from ders_cli.checkpoint.writer import ShardWriter
 
@@ -42,8 +43,15 @@ def make(folder: Path, gigabytes: float) -> int:
         step = random.integers(-2, 3, spec.size, np.int8)
         writer.write(name, 0, (base[: spec.size].astype(np.int32) + step).astype(np.uint16))
     writer.close()
-    config = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_act": "silu", "num_local_experts": EXPERTS,
-              "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": layers}
+    config = {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "hidden_act": "silu",
+        "num_local_experts": EXPERTS,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": layers,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return layers
 
@@ -90,8 +98,11 @@ def main() -> None:
                 "restore": ("restore", str(packed), "-o", str(plain), "-q", "--overwrite"),
             }.items():
                 peak, wall, cpu = run(*command)
-                print(f"{size:5.2f} GB {delta:12s} {name:9s} peak {peak:6.0f} MB, {peak - idle:+6.0f} above idle {idle:.0f}; "
-                      f"{wall:6.1f} s wall, {cpu:6.1f} s CPU, {cpu / size:.2f} CPU-s/GB", flush=True)
+                print(
+                    f"{size:5.2f} GB {delta:12s} {name:9s} peak {peak:6.0f} MB, {peak - idle:+6.0f} above idle {idle:.0f}; "
+                    f"{wall:6.1f} s wall, {cpu:6.1f} s CPU, {cpu / size:.2f} CPU-s/GB",
+                    flush=True,
+                )
         for folder in (model, packed, plain):
             shutil.rmtree(folder)
 

@@ -155,5 +155,7 @@ def unpack_positions(parts: dict[str, np.ndarray], n: int, m: int, unused: bool,
     low = parts.get("low", np.zeros((high.shape[0], 0), np.uint8))
     bad = _unpack_positions(low, high, low_bits(n, m), m, unused, columns)
     if bad >= 0:
-        raise ValueError(f"row {first_row + bad}: positions are not {n} ascending columns of 0..{m if unused else m - 1}")
+        raise ValueError(
+            f"row {first_row + bad}: positions are not {n} ascending columns of 0..{m if unused else m - 1}"
+        )
     return columns

@@ -55,6 +55,10 @@ def main() -> None:
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         app()
+    except SystemExit as stop:
+        if stop.code == 2 and "--json" in sys.argv:  # Typer has said on stderr what is wrong with the command line
+            print(json.dumps({"schema": SCHEMA, "error": {"message": "usage: see stderr", "exit_code": 2}}))
+        raise
     except DersError as error:
         _fail(str(error), error.exit_code, debug)
     except Interrupted:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .errors import UsageError
 from .options import default_jobs, parse_bytes
 from .report import human_bytes, print_table
 
@@ -29,14 +30,16 @@ def convert_command(
 ) -> None:
     """Plan and run one conversion. `fields`: the recipe's keys that flags gave; None means: not given."""
     from . import convert
-    from .output import Options
+    from .output import Options, left_behind
     from .recipe import load_recipe, make_recipe
     from .source import open_source
 
+    if fields.get("delta") == "":
+        raise UsageError("--delta: expected a codec such as int4, found an empty text")
     given = {key: value for key, value in fields.items() if value is not None and value is not False}
     recipe = load_recipe(recipe_file, given) if recipe_file else make_recipe(given)
     name = Path(recipe_file).stem if recipe_file and "delta" not in given else recipe.delta
-    out = output or model.absolute().with_name(f"{model.absolute().name}-ders-{name.replace(':', 'of')}")
+    out = (output or model.absolute().with_name(f"{model.absolute().name}-ders-{name.replace(':', 'of')}")).resolve()
     options = Options(
         jobs or default_jobs(),
         parse_bytes(max_shard_size, "--max-shard-size"),
@@ -53,9 +56,11 @@ def convert_command(
             manifest = convert.run(conversion)
             document |= {"recipe": manifest["recipe"], "bytes": manifest["bytes"], "errors": _worst_errors(manifest)}
             document["output_bytes"] = sum(path.stat().st_size for path in out.iterdir())
-            document["warnings"] = _warnings(manifest)
+            document["warnings"], document["left_behind"] = _warnings(manifest), left_behind(model)
             for warning in document["warnings"]:
                 print(f"ders: warning: {warning}", file=sys.stderr)
+            if document["left_behind"]:
+                print(f"ders: note: not carried along: {', '.join(document['left_behind'])}", file=sys.stderr)
     if as_json:
         print(json.dumps(document, indent=1))
     elif dry_run:

@@ -26,7 +26,7 @@ from .convert_group import convert_group
 from .describe import config_text, describe, planned_manifest_bytes
 from .engines import local
 from .errors import UnsupportedError, UsageError
-from .output import RESULT, Options, begin, carry, check_space, copy_file, publish, refuse_occupied
+from .output import OWN, Options, begin, carry, check_space, copy_file, publish, refuse_occupied
 from .plan import GUARD_TEXT, Plan, ShardPlan, Unit, make_plan
 from .recipe import Recipe
 from .report import Progress, human_bytes, shown
@@ -142,13 +142,13 @@ def _fingerprint(conversion: Conversion) -> dict[str, str]:
 
 def _shard(conversion: Conversion, shard: ShardPlan, folder: Path, progress: Progress) -> dict[str, Any]:
     """Write one shard, or take it as the last run left it; its result: {"hashes", "groups", "sizes", "bytes"}."""
-    record = folder / (shard.file + RESULT)
+    record = folder / f"{OWN}{shard.file}.json"
     if conversion.options.resume and record.exists() and (folder / shard.file).exists():
         return json.loads(record.read_text())
     writer = ShardWriter(folder / shard.file, shard.fixed, shard.appended)
     try:
         tasks = [partial(_copy, conversion.source, writer, name, progress) for name in shard.copied]
-        spools = [folder / f"{shard.file}.{number}.spool" for number in range(len(shard.units))]
+        spools = [folder / f"{OWN}{shard.file}.{number}.spool" for number in range(len(shard.units))]
         tasks += [
             partial(
                 convert_group, conversion.source, conversion.base, conversion.recipe.seed, unit, writer, spool, progress

@@ -12,23 +12,13 @@ from .checkpoint.writer import fsync_folder
 from .errors import DersError, UsageError
 from .report import human_bytes
 
-MARK = "plan.json"
-RESULT = ".result.json"
+# What a run keeps for itself in OUT.partial. Files whose names begin with a dot are never carried from a source.
+OWN = ".ders-"
+MARK = OWN + "plan.json"
 
 # Weights in forms that ders does not read; they are left behind, and everything else beside the shards is carried.
-LEFT_BEHIND = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".index.json",
-    ".partial",
-)
+NOT_READ = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+LEFT_BEHIND = (*NOT_READ, ".safetensors", ".index.json", ".partial")
 
 
 @dataclass(frozen=True)
@@ -56,6 +46,15 @@ def carry(folder: Path) -> list[Path]:
     ]
 
 
+def left_behind(folder: Path) -> list[str]:
+    """Names beside the weights that are not carried: folders, and weights in forms that ders does not read."""
+    return [
+        path.name + "/" * path.is_dir()
+        for path in sorted(folder.iterdir())
+        if not path.name.startswith(".") and (path.is_dir() or path.name.endswith(NOT_READ))
+    ]
+
+
 def check_space(out: Path, needed: int) -> None:
     """Raise DersError if the disk has not `needed` bytes free."""
     parent = out.absolute().parent
@@ -68,10 +67,13 @@ def check_space(out: Path, needed: int) -> None:
 
 def refuse_occupied(out: Path, options: Options, *inputs: Path) -> None:
     """Raise UsageError if something stands where the output goes and may not be replaced; an input never may."""
-    place = out.resolve()
+    partial = partial_of(out)
     for path in (path.resolve() for path in inputs):
-        if place == path or place in path.parents:
-            raise UsageError(f"{out}: the input {path} stands there; -o names another place")
+        for place in (out, partial):
+            if place == path or place in path.parents:
+                raise UsageError(f"{place}: the input {path} stands there; -o names another place")
+    if out == Path.cwd() or out in Path.cwd().parents:
+        raise UsageError(f"{out}: is the current folder or above it; -o names another place")
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: a file stands here; expected a folder to write")
     if out.exists() and any(out.iterdir()):
@@ -79,18 +81,32 @@ def refuse_occupied(out: Path, options: Options, *inputs: Path) -> None:
             raise UsageError(f"{out}: exists and is not empty; --overwrite replaces it, -o names another place")
         if not (out / "config.json").is_file():
             raise UsageError(
-                f"{out}: is no checkpoint (it has no config.json), so --overwrite does not delete it; remove it yourself"
+                f"{out}: has no config.json, so --overwrite does not take it for a checkpoint; remove it yourself"
             )
-    partial = out.with_name(out.name + ".partial")
-    if partial.exists() and not options.resume and not options.overwrite:
-        raise UsageError(f"{partial}: an unfinished run stands here; --resume continues it, --overwrite starts again")
+    if partial.exists() or partial.is_symlink():
+        if partial.is_symlink() or not partial.is_dir() or _is_strange(partial):
+            raise UsageError(f"{partial}: is no unfinished run of ders; remove it yourself, or -o names another place")
+        if not options.resume and not options.overwrite:
+            raise UsageError(
+                f"{partial}: an unfinished run stands here; --resume continues it, --overwrite starts again"
+            )
+
+
+def _is_strange(partial: Path) -> bool:
+    """A folder that no run of ders has begun."""
+    return not (partial / MARK).is_file() and any(not path.name.startswith(OWN) for path in partial.iterdir())
+
+
+def partial_of(out: Path) -> Path:
+    """Where an output stands until it is complete."""
+    return out.with_name(out.name + ".partial")
 
 
 def begin(out: Path, options: Options, fingerprint: dict[str, str]) -> Path:
-    """An empty OUT.partial, or the one to resume: begun with the same fingerprint, else UsageError says what differs."""
-    folder = out.with_name(out.name + ".partial")
+    """An empty OUT.partial, or the one to resume if it was begun with the same fingerprint; else UsageError."""
+    folder = partial_of(out)
     if folder.exists() and options.resume:
-        found = json.loads((folder / MARK).read_text()) if (folder / MARK).exists() else {}
+        found = _mark(folder)
         differs = [key for key in fingerprint if found.get(key) != fingerprint[key]]
         if differs:
             raise UsageError(f"{folder}: was begun with another {' and '.join(differs)}; --overwrite starts again")
@@ -102,6 +118,15 @@ def begin(out: Path, options: Options, fingerprint: dict[str, str]) -> Path:
     return folder
 
 
+def _mark(folder: Path) -> dict[str, str]:
+    """The fingerprint of an unfinished run; empty if it cannot be read."""
+    try:
+        found = json.loads((folder / MARK).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def copy_file(path: Path, to: Path) -> None:
     """Copy a file's bytes, durably."""
     shutil.copyfile(path, to)
@@ -111,7 +136,7 @@ def copy_file(path: Path, to: Path) -> None:
 
 def publish(folder: Path, out: Path) -> None:
     """Remove what only the run needed and rename OUT.partial to OUT; an OUT that may be replaced goes first."""
-    for left in [*folder.glob("*" + RESULT), *folder.glob("*.partial"), *folder.glob("*.spool"), folder / MARK]:
+    for left in [*folder.glob(OWN + "*"), *folder.glob("*.partial")]:
         left.unlink(missing_ok=True)
     fsync_folder(folder)
     if out.exists():

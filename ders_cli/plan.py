@@ -109,10 +109,16 @@ def make_plan(source: Source, recipe: Recipe, base: Base | None, max_shard_bytes
         twice = next(name for name in names if names.count(name) > 1)
         raise UnsupportedError(f"{twice}: the source has a tensor of the name that the DeRS format would give")
     expert_bytes = sum(TensorSpec(g.shape, g.dtype).nbytes * len(g.members) for g in source.groups)
-    bound = sum(
-        TensorSpec(u.group.shape, u.group.dtype).nbytes * len(u.group.members) for u in units if u.codec.lossless
-    )
-    return Plan(tuple(units), tuple(source.copied), shards, expert_bytes, bound + bound // 1024)
+    bound = sum(_stream_bound(unit) for unit in units)
+    return Plan(tuple(units), tuple(source.copied), shards, expert_bytes, bound)
+
+
+def _stream_bound(unit: Unit) -> int:
+    """Most bytes of a unit's stream: the stored bits, and one byte for every chunk."""
+    if not unit.codec.lossless:
+        return 0
+    chunks = -(-unit.group.shape[0] // unit.codec.block_rows(unit.group.shape))
+    return len(unit.group.members) * (TensorSpec(unit.group.shape, unit.group.dtype).nbytes + chunks)
 
 
 def _guards(source: PlainSource) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ Every expert is synthesised block by block and hashed on the way; a hash that is
 stops the run. With the exact codec that is the hash of the original expert, so the files are the original's bytes.
 """
 
+import json
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,34 @@ from .source import DersSource
 Held = dict[str, list[tuple[ExpertGroup, int, MatrixView]]]  # stored tensor -> the experts that it holds
 
 
+def source_specs(source: DersSource) -> dict[str, TensorSpec]:
+    """Every tensor of the original, as ders.json lists them."""
+    files = source.manifest["source"]["files"].values()
+    return {name: spec for entry in files for name, spec in _specs(entry).items()}
+
+
+def check_places(source: DersSource) -> None:
+    """Raise CheckpointError unless ders.json's source files are made of just the experts and the copied tensors."""
+    listed, filled = source_specs(source), defaultdict(int)
+    for group in source.groups:
+        for label, view in group.members:
+            spec, (rows, columns) = listed.get(view.tensor), group.shape
+            last = view.offset + (rows - 1) * view.row_stride + (columns - 1) * view.column_stride
+            if spec is None or spec.dtype != group.dtype or last >= spec.size:
+                raise CheckpointError(f"ders.json: {group.name}, expert {label}: has no place in {view.tensor!r:.120}")
+            filled[view.tensor] += rows * columns
+    for name, spec in listed.items():
+        if name in filled and filled[name] != spec.size:
+            raise CheckpointError(f"ders.json: {name}: {spec.size} elements, of which experts fill {filled[name]}")
+        if name not in filled and source.copied.get(name) != spec:
+            raise CheckpointError(f"{name}: ders.json lists it as a tensor of the source, but it is not here as such")
+    try:
+        if not isinstance(json.loads(source.manifest["source"]["config"]), dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise CheckpointError(f"ders.json: source.config: expected config.json's text: {error}") from None
+
+
 def planned_restore(source: DersSource) -> dict[str, Any]:
     """Bytes in and out, from ders.json alone."""
     files = {file: _file_bytes(entry) for file, entry in source.manifest["source"]["files"].items()}
@@ -42,6 +71,7 @@ def planned_restore(source: DersSource) -> dict[str, Any]:
 def restore(source: DersSource, out: Path, options: Options) -> dict[str, Any]:
     """Write the plain checkpoint; returns the bytes written. Raises CheckpointError where a hash does not match."""
     refuse_occupied(out, options, source.reader.folder)
+    check_places(source)
     totals = planned_restore(source)
     check_space(out, totals["output_bytes"])
     folder = begin(out, options, _fingerprint(source))
@@ -89,8 +119,6 @@ def _index_bytes(source: DersSource) -> bytes | None:
 
 def _file(source: DersSource, path: Path, entry: dict[str, Any], held: Held, jobs: int, progress: Progress) -> None:
     """One file of the original. The matrices of one tensor may interleave, so a tensor is one task."""
-    if Path(path.name).name != path.name or not path.name.endswith(".safetensors"):
-        raise CheckpointError(f"ders.json: {path.name!r:.80}: expected a file name")
     writer = ShardWriter(path, _specs(entry), header=_header(entry))
     try:
         tasks = [
@@ -107,8 +135,6 @@ def _file(source: DersSource, path: Path, entry: dict[str, Any], held: Held, job
 
 
 def _copy(source: DersSource, writer: ShardWriter, name: str, progress: Progress) -> None:
-    if source.copied.get(name) != writer.tensors[name]:
-        raise CheckpointError(f"{name}: ders.json lists it as a tensor of the source, but it is not here as such")
     digest, at = blake3(), 0
     for chunk in source.reader.chunks(name):
         writer.write(name, at, chunk)

@@ -9,7 +9,9 @@ must be equal bit for bit, unless a bound is given, or the tested one is a lossy
 reference: then the errors must be those noted at conversion. All other tensors must be equal.
 """
 
+import json
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,8 +27,9 @@ from .compare import Layer, LayerResult, Matched, compare_layer, layer_name, ran
 from .describe import file_hash
 from .engines import local
 from .errors import CheckpointError, UsageError
-from .layouts import ExpertGroup
+from .layouts import ExpertGroup, find_layout
 from .report import Progress, shown
+from .restore import check_places, source_specs
 from .source import DersSource, Source
 
 SCHEMA = 1
@@ -118,6 +121,9 @@ def verify(
 
 
 def _intact(source: DersSource, report: Report, jobs: int, progress: Progress) -> None:
+    check_places(source)
+    for where, problem in _misplaced(source):
+        report.add(where, problem)
     folder, manifest = source.reader.folder, source.manifest
     for name, expected in manifest["files"].items():
         path = folder / name
@@ -134,6 +140,20 @@ def _intact(source: DersSource, report: Report, jobs: int, progress: Progress) -
     for problems in local.run([partial(_decodes, source, group, progress) for group in source.groups], jobs):
         for where, problem in problems:
             report.add(where, problem)
+
+
+def _misplaced(source: DersSource) -> Iterator[tuple[str, str]]:
+    """Experts whose place in the source is not the one that the source's own layout gives them."""
+    config = json.loads(source.manifest["source"]["config"])
+    layout = find_layout(source_specs(source), config, include_shared=source.shared)
+    expected = {(group.name, label): view for group in layout.groups for label, view in group.members}
+    for group in source.groups:
+        for label, view in group.members:
+            if expected.get((group.name, label)) != view:
+                yield (
+                    f"{group.name}, expert {label}",
+                    f"ders.json places it in {view.tensor}, its source's layout elsewhere",
+                )
 
 
 def _damage(source: DersSource, name: str) -> str:
@@ -309,7 +329,10 @@ def _states(path: Path) -> dict[str, np.ndarray]:
     """fp32 tensors of a safetensors file: `hidden_states` [tokens, hidden] for all layers, or `layers.N` for each."""
     if not path.is_file():
         raise UsageError(f"--hidden {path}: no such file")
-    header, found = read_header(path), {}
+    try:
+        header, found = read_header(path), {}
+    except CheckpointError as error:
+        raise UsageError(f"--hidden: expected a safetensors file: {error}") from None
     for name, spec in header.tensors.items():
         if spec.dtype not in FLOATS or len(spec.shape) != 2:
             raise UsageError(

@@ -214,7 +214,7 @@ def test_overwrite_spares_inputs_and_strangers(model: Path, tmp_path: Path) -> N
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "a.txt").write_text("dear")
     ran = ders("compress", model, "-o", tmp_path / "letters", "--overwrite")
-    assert ran.code == 2 and "no checkpoint" in ran.err and (tmp_path / "letters" / "a.txt").exists()
+    assert ran.code == 2 and "has no config.json" in ran.err and (tmp_path / "letters" / "a.txt").exists()
     done("compress", model, "--delta", "int8", "-o", tmp_path / "out", "-q")
     done("compress", model, "--delta", "int2", "-o", tmp_path / "out", "-q", "--overwrite")
     assert "int2" in (tmp_path / "out" / "ders.json").read_text()

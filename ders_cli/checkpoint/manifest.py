@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .manifest_schema import check_manifest
 from .reader import read_json
 
 MANIFEST = "ders.json"
@@ -77,4 +78,5 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder / MANIFEST}: its checksum does not match its content; the file was changed or damaged"
         )
+    check_manifest(str(folder / MANIFEST), manifest)
     return manifest

@@ -49,7 +49,7 @@ def compress(
         ders compress mixtral --recipe subbit
     """
     fields = {
-        "delta": delta if delta or recipe else "int4",
+        "delta": "int4" if delta is None and recipe is None else delta,
         "base": base,
         "group_size": group_size,
         "seed": seed,

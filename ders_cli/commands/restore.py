@@ -29,7 +29,7 @@ def restore(
     from ..output import Options
     from ..source import open_source
 
-    out = output or model.absolute().with_name(f"{model.absolute().name}-restored")
+    out = (output or model.absolute().with_name(f"{model.absolute().name}-restored")).resolve()
     options = Options(jobs or o.default_jobs(), overwrite=overwrite, resume=resume, quiet=quiet)
     with open_source(model) as source:
         ders = action.require_ders(source, model)

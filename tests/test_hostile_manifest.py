@@ -10,6 +10,7 @@ import pytest
 import torch
 import toy
 from command import contents, ders, done
+
 from ders_cli.checkpoint.manifest import manifest_text
 
 

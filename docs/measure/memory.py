@@ -9,6 +9,7 @@ SCRATCH, runs `ders compress`, `ders restore` and `ders verify` on them and samp
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -62,11 +63,9 @@ def run(*arguments: str) -> tuple[float, float, float]:
     process = subprocess.Popen([sys.executable, "-m", "ders_cli", *arguments], stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            peak = max(peak, int(status.split("RssAnon:")[1].split()[0]))
-        except (FileNotFoundError, IndexError):
-            pass
+        status = Path(f"/proc/{process.pid}/status").read_text()  # a zombie until it is polled: the file is there
+        anonymous = re.search(r"RssAnon:\s+(\d+) kB", status)  # a process that has ended has no memory to tell of
+        peak = max(peak, int(anonymous[1]) if anonymous else 0)
         time.sleep(0.01)
     if process.returncode:
         raise SystemExit(f"ders {' '.join(arguments)}: exit {process.returncode}")

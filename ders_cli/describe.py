@@ -5,6 +5,7 @@ docs/format.md has the fields. Built twice: once from placeholders, to know its 
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,15 @@ MOST = 10**15  # a number of bytes at its widest
 WIDEST = -1.23456e-100
 
 
-def describe(source: Source, recipe: Recipe, plan: Plan, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """ders.json, but for its checksum."""
+def describe(
+    source: Source,
+    recipe: Recipe,
+    plan: Plan,
+    results: list[dict[str, Any]],
+    hash_of: Callable[[Path], str] | None = None,
+) -> dict[str, Any]:
+    """ders.json, but for its checksum. `hash_of` a carried file: its BLAKE3, unless a plan only asks for the size."""
+    hash_of = hash_of or file_hash
     streams = [r["sizes"][name] for r, shard in zip(results, plan.shards, strict=True) for name in shard.appended]
     base = sum(TensorSpec(u.group.shape, u.group.dtype).nbytes for u in plan.units)
     deltas = sum(spec.nbytes for u in plan.units for spec in u.parts.values() if spec) - base + sum(streams)
@@ -41,7 +49,7 @@ def describe(source: Source, recipe: Recipe, plan: Plan, results: list[dict[str,
         "groups": [entry for result in results for entry in result["groups"]],
         "guards": [name for shard in plan.shards for name in shard.guards],
         "tensors": {name: digest for result in results for name, digest in result["hashes"].items()},
-        "files": {path.name: file_hash(path) for path in carry(source.reader.folder)}
+        "files": {path.name: hash_of(path) for path in carry(source.reader.folder)}
         | {"config.json": blake3(config_text(source)).hexdigest()},
         "bytes": {
             "experts": plan.expert_bytes,
@@ -55,7 +63,8 @@ def describe(source: Source, recipe: Recipe, plan: Plan, results: list[dict[str,
 
 def planned_manifest_bytes(source: Source, recipe: Recipe, plan: Plan) -> int:
     """The size that ders.json will have."""
-    return planned_bytes(describe(source, recipe, plan, [_placeholder(shard) for shard in plan.shards]))
+    results = [_placeholder(shard) for shard in plan.shards]
+    return planned_bytes(describe(source, recipe, plan, results, lambda path: BLANK))
 
 
 def _placeholder(shard: ShardPlan) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A reader of DeRS checkpoints, format 1, written from docs/format.md alone, to show that the page is enough.
 
 numpy, json and hashlib; nothing of the project. Section numbers are the page's. A float tensor is held as its bits
-(uint16, of F32 uint32) until `widen` makes it fp32; every float part of a delta is BF16.
+(uint16, of F32 uint32) until `widen` makes it fp32; a delta's float parts are BF16 but where its codec has a dtype.
 """
 
 import hashlib
@@ -29,10 +29,17 @@ def read_experts(folder: Path) -> dict[tuple[str, str], np.ndarray]:
             else:
                 digest = hashlib.sha256(f"{about['recipe']['seed']}/{name}/{member['label']}".encode()).digest()
                 key = int.from_bytes(digest[:8], "little")
-                own = {part: widen(t[i]) if t.dtype == np.uint16 else t[i] for part, t in parts.items()}
+                own = {part: read_part(group["codec"], part, t[i]) for part, t in parts.items()}
                 bits = narrow(widen(base, dtype) + read_delta(group["codec"], own, base.shape, key), dtype)
             experts[name, member["label"]] = bits
     return experts
+
+
+def read_part(codec: dict, part: str, stored: np.ndarray) -> np.ndarray:
+    """A part as it is, or, of a float one, its fp32 values."""
+    while codec["codec"] == "chain":
+        codec, part = (codec["then"], part[5:]) if part.startswith("then.") else (codec["first"], part)
+    return stored if stored.dtype == np.uint8 else widen(stored, codec.get("dtype", "BF16"))
 
 
 def read_tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -77,6 +84,14 @@ def read_delta(codec: dict, parts: dict[str, np.ndarray], shape: tuple[int, int]
         factor, zero = {1: (2, 1), 2: (1, 1.5)}.get(codec["bits"], (1, 2 ** codec["bits"] // 2))
         codes = unpack(parts["codes"], columns, codec["bits"]).astype(np.float32)
         return (factor * codes - np.float32(zero)) * parts["scale"].repeat(codec["group_size"], axis=1)[:, :columns]
+    if kind == "none":
+        return np.zeros(shape, np.float32)
+    if kind == "sparse":
+        c, draws = (1 - codec["rate"]) * columns, draw(rows * columns, key).reshape(shape)
+        delta, starts = np.zeros(shape, np.float32), np.floor(np.arange(rows + 1) * c + (key >> 48) / 65536).astype(int)
+        for row, (a, b) in enumerate(zip(starts, starts[1:])):
+            delta[row, np.sort(np.argsort(-draws[row], kind="stable")[: b - a])] = parts["values"][a:b]
+        return delta
     delta = np.zeros((rows, columns + 1), np.float32)  # the last column takes ternary's unused slots
     if kind == "rank":
         for left, right in zip(parts["left"].T, parts["right"]):

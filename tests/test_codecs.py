@@ -10,6 +10,8 @@ from ders_kernels.packing import pack_positions
 from ders_cli.checkpoint.tensor import STORAGE
 from ders_cli.codecs import CODECS, codec_from_config, parse_codec
 from ders_cli.codecs.base import NonFiniteError
+from ders_cli.codecs.rank import RankCodec
+from ders_cli.codecs.sparse import SparseCodec
 from ders_cli.errors import CheckpointError, UsageError
 
 LOSSY = [
@@ -28,12 +30,16 @@ LOSSY = [
     "2:4",
     "1:3",
     "rank4",
+    "sparse0.9",
+    "sparse0.995",
+    "none",
     "drop0.9+int4",
     "top0.1+int4",
     "2:4+int8",
     "int1+rank2",
     "rank2+top0.1",
     "int1+drop0.5+int2",
+    "int1+sparse0.5",
 ]
 TERMS = ["exact", *LOSSY]
 SHAPES = [(1, 1), (1, 61), (3, 7), (5, 128), (9, 129)]
@@ -134,7 +140,7 @@ def test_bytes_are_a_function_of_the_key(term):
     assert_same(codec.encode(d, KEY, 0), parts)
     other = codec.encode(d, KEY + 2, 0)
     differ = any((other[part] != data).any() for part, data in parts.items())
-    if any(name in term for name in ("drop", "ternary", "int1", "int2")):
+    if any(name in term for name in ("drop", "ternary", "int1", "int2", "sparse0.9")):
         assert differ
     elif "rank" not in term:  # its probes are drawn, but what they find is nearly the same
         assert not differ
@@ -145,11 +151,12 @@ def test_bytes_are_a_function_of_the_key(term):
 def test_stored_bits(term, dtype):
     """encode_expert and decode_expert: subtract in fp32, code, add in fp32, round once."""
     codec, (expert, base) = parse_codec(term, GROUP), weights((5, 61), dtype)
-    parts = codec.encode_expert(expert, base, dtype, KEY, 3)
-    assert_same(parts, codec.encode(floats.widen(expert, dtype) - floats.widen(base, dtype), KEY, 3))
-    found = codec.decode_expert(parts, base, dtype, KEY, 3)
+    row = 0 if codec.block_rows(base.shape) else 3
+    parts = codec.encode_expert(expert, base, dtype, KEY, row)
+    assert_same(parts, codec.encode(floats.widen(expert, dtype) - floats.widen(base, dtype), KEY, row))
+    found = codec.decode_expert(parts, base, dtype, KEY, row)
     assert found.dtype == base.dtype
-    change = codec.decode(parts, base.shape, KEY, 3)
+    change = codec.decode(parts, base.shape, KEY, row)
     assert (found == floats.narrow(floats.widen(base, dtype) + change, dtype)).all()
 
 
@@ -192,11 +199,11 @@ def test_exact_chunks_are_about_a_million_weights():
     assert codec.spec((4097, 1024))["extents"].shape == (5, 2)
 
 
-@pytest.mark.parametrize("term", ["drop0.9", "drop0.5", "ternary0.05", "ternary0.3"])
+@pytest.mark.parametrize("term", ["drop0.9", "drop0.5", "sparse0.9", "ternary0.05", "ternary0.3"])
 def test_mean_over_keys_is_the_delta(term):
     """Entry by entry and along the delta, within 5 standard deviations of a mean over KEYS, and a bf16 rounding.
 
-    A kept entry has the value v with v * P(kept) = d, so a variance of d^2 (1 / P - 1): P = k / in for drop and |d| / s,
+    A kept entry has the value v with v * P(kept) = d, so a variance of d^2 (1 / P - 1): P = k / in for drop, 1 - rate for sparse and |d| / s,
     s = mean|d| / density, for ternary. Along the delta the entries' variances, weighted by d^2, add up.
     """
     codec, d = parse_codec(term, GROUP), even((6, 64))
@@ -204,6 +211,8 @@ def test_mean_over_keys_is_the_delta(term):
     size = abs(d).astype(np.float64)
     if term.startswith("drop"):
         kept = np.full(d.shape, codec.kept(64) / 64)
+    elif term.startswith("sparse"):
+        kept = np.full(d.shape, 1 - codec.rate)
     else:
         kept = size / (size.sum(axis=1, keepdims=True) / codec.slots(64) * (1 + 2.0**-7))
     variance = size**2 * (1 / kept - 1) / KEYS
@@ -270,6 +279,46 @@ def test_kept_entries_are_where_they_should_be():
     assert blocks[:, 128].all()
 
 
+@pytest.mark.parametrize("shape", [(5, 61), (61, 5), (7, 1000), (1000, 7), (1, 1)], ids=str)
+@pytest.mark.parametrize("rate", [0, 0.3, 0.9, 0.9999])
+def test_sparse_positions(shape, rate):
+    """Unique, ascending, (1 - rate) * out * in of them to within one, and spread evenly over the rows."""
+    codec, expected = SparseCodec(rate), (1 - rate) * shape[0] * shape[1]
+    for key in (n * 2**59 + n for n in range(32)):
+        flat = codec.flat_positions(shape, key)
+        assert (np.diff(flat) > 0).all()
+        assert abs(flat.size - expected) < 1.001
+        assert flat.size <= codec.spec(shape)["values"].size <= flat.size + 1
+        rows = np.bincount(flat // shape[1], minlength=shape[0])
+        assert rows.max() - rows.min() <= 1
+        d = codec.decode(codec.encode(np.ones(shape, np.float32), key, 0), shape, key, 0)
+        assert (np.flatnonzero(d) == flat).all()
+
+
+def test_sparse_positions_are_equally_likely():
+    """Over keys every entry is kept as often as another: within 5 standard deviations of a binomial count."""
+    codec, shape, runs = SparseCodec(0.95), (6, 8), 4000
+    keys = np.random.default_rng(0).integers(0, 2**64, runs, np.uint64)
+    counts = sum(np.bincount(codec.flat_positions(shape, int(key)), minlength=48) for key in keys)
+    assert abs(counts - 0.05 * runs).max() <= 5 * (runs * 0.05 * 0.95) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("codec", [RankCodec, SparseCodec])
+def test_training_starts_from_the_base(codec, dtype):
+    """The initial parts are of the codec's shapes and dtype, and decode to 0; low-rank's right factor is spread evenly."""
+    codec, shape = codec(3 if codec is RankCodec else 0.9, dtype), (5, 4096)
+    parts = codec.initial(shape, KEY)
+    assert {part: (data.shape, data.dtype) for part, data in parts.items()} == {
+        part: (spec.shape, STORAGE[spec.dtype]) for part, spec in codec.spec(shape).items()
+    }
+    assert not codec.decode(parts, shape, KEY, 0).any()
+    if isinstance(codec, RankCodec):
+        right = floats.widen(parts["right"], dtype)
+        assert abs(right).max() <= 1 / 64
+        assert abs(right.std() * 64 - 3**-0.5) < 0.02  # a standard deviation of 12288 draws is 0.003 off at most
+
+
 @TERMED
 @pytest.mark.parametrize("value", [0.0, -0.0, 1e-42, 1e-39, 1e30], ids=str)
 def test_odd_deltas(term, value):
@@ -280,7 +329,7 @@ def test_odd_deltas(term, value):
     assert np.isfinite(found).all()
     if value == 0:
         assert (found == 0).all()
-    elif value > 1:
+    elif value > 1 and term != "none":
         assert (found * d).sum() > 0.05 * (d.astype(np.float64) ** 2).sum()
 
 

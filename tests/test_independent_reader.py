@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from ders_cli.app import app
 
 TERMS = (
-    "exact int8 int5 int4 int3 int2 int1 drop0.9 drop0.5 ternary0.05 ternary0.5 top0.1 top0.5 2:4 3:7 rank4 "
-    "drop0.9+int4 top0.2+int4 2:4+int8 int1+rank4 drop0.5+drop0.5+int3"
+    "exact int8 int5 int4 int3 int2 int1 drop0.9 drop0.5 ternary0.05 ternary0.5 top0.1 top0.5 2:4 3:7 rank4 sparse0.7 sparse0.99 none "
+    "drop0.9+int4 top0.2+int4 2:4+int8 int1+rank4 drop0.5+drop0.5+int3 int1+sparse0.9"
 ).split()
 DTYPES = {"bfloat16": np.uint16, "float16": np.uint16, "float32": np.uint32}
 

@@ -26,8 +26,8 @@ def _parse_term(term: str, text: str, group_size: int) -> DeltaCodec:
         if match := codec.pattern.fullmatch(term):
             return codec.from_term(match, group_size)
     raise UsageError(
-        f"--delta {text!r}: no codec {term!r}; expected exact, int8 ... int1, dropP, ternaryK, topK, N:M, rankR, "
-        "or a chain such as drop0.9+int4"
+        f"--delta {text!r}: no codec {term!r}; expected exact, int8 ... int1, dropP, sparseP, ternaryK, topK, N:M, rankR, "
+        "none, or a chain such as drop0.9+int4"
     )
 
 
@@ -39,8 +39,9 @@ def codec_from_config(config: dict[str, Any]) -> DeltaCodec:
         if codec is ChainCodec:
             return ChainCodec(codec_from_config(fields.pop("first")), codec_from_config(fields.pop("then")))
         for field in dataclasses.fields(codec):
-            if type(fields[field.name]) not in ((int,) if field.type in (int, "int") else (int, float)):
-                raise TypeError(f"{field.name}: expected a number, found {fields[field.name]!r:.40}")
+            value = fields.setdefault(field.name, field.default)  # one without a default is no number, and refused
+            if type(value) not in {int: (int,), float: (int, float), str: (str,)}[field.type]:
+                raise TypeError(f"{field.name}: expected a {field.type.__name__}, found {value!r:.40}")
         return codec(**fields)
     except (KeyError, TypeError, AttributeError, UsageError) as error:
         raise CheckpointError(f"ders.json: codec {config!r:.120}: not understood ({error})") from None

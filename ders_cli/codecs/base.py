@@ -22,8 +22,8 @@ from typing import Any, ClassVar
 import numpy as np
 from ders_kernels.cpu_ops import floats
 
-from ..checkpoint.tensor import TensorSpec
-from ..errors import CheckpointError
+from ..checkpoint.tensor import FLOATS, TensorSpec
+from ..errors import CheckpointError, UsageError
 
 Parts = dict[str, np.ndarray]
 
@@ -53,7 +53,7 @@ class DeltaCodec(ABC):
     @property
     @abstractmethod
     def term(self) -> str:
-        """The term of --delta that gives this codec, group size aside."""
+        """The term of --delta that gives this codec, group size and dtype aside."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -125,6 +125,12 @@ class SelectiveCodec(DeltaCodec):
         out = np.zeros(shape, np.float32)
         np.put_along_axis(out, self.columns(parts, shape, key, row), values, axis=1)
         return out
+
+
+def check_part_dtype(dtype: str) -> None:
+    """Raise UsageError unless float parts may be stored so."""
+    if dtype not in FLOATS:
+        raise UsageError(f"dtype {dtype!r:.40}: expected {', '.join(FLOATS)}")
 
 
 def gain(delta: np.ndarray, kept: np.ndarray) -> np.ndarray:

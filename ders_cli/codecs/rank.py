@@ -1,22 +1,28 @@
-"""rankR: the delta as left @ right, its R largest singular directions. No gain: it would amplify these few directions."""
+"""rankR: the delta as left @ right, its R largest singular directions. No gain: it would amplify these few directions.
+
+Trained from the start it is DeRS-LM (arXiv 2503.01359, 3.4): `right` random, `left` zero, no scaling factor. The paper
+does not name the distribution; it is LoRA's here, uniform in +-1/sqrt(in).
+"""
 
 import re
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from ders_kernels.counter_rng import draw
 from ders_kernels.cpu_ops import floats, lowrank
 
 from ..checkpoint.tensor import TensorSpec
 from ..errors import UsageError
-from .base import DeltaCodec, NonFiniteError, Parts
+from .base import DeltaCodec, NonFiniteError, Parts, check_part_dtype
 
 
 @dataclass(frozen=True)
 class RankCodec(DeltaCodec):
-    """`left` [out, r] BF16, `right` [r, in] BF16, r = min(R, out, in). Encoding takes the whole matrix in memory."""
+    """`left` [out, r], `right` [r, in], r = min(R, out, in), of `dtype`. Encoding takes the whole matrix in memory."""
 
     rank: int
+    dtype: str = "BF16"
     name: ClassVar[str] = "rank"
     pattern: ClassVar[re.Pattern[str]] = re.compile(r"rank(\d+)")
     whole: ClassVar[frozenset[str]] = frozenset({"right"})
@@ -24,6 +30,7 @@ class RankCodec(DeltaCodec):
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UsageError(f"rank{self.rank}: expected rank1 or more")
+        check_part_dtype(self.dtype)
 
     @classmethod
     def from_term(cls, match: re.Match[str], group_size: int) -> "RankCodec":
@@ -38,18 +45,26 @@ class RankCodec(DeltaCodec):
 
     def spec(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         r = min(self.rank, *shape)
-        return {"left": TensorSpec((shape[0], r), "BF16"), "right": TensorSpec((r, shape[1]), "BF16")}
+        return {"left": TensorSpec((shape[0], r), self.dtype), "right": TensorSpec((r, shape[1]), self.dtype)}
+
+    def initial(self, shape: tuple[int, int], key: int) -> Parts:
+        """The parts that training starts from: a delta of 0."""
+        r = min(self.rank, *shape)
+        uniform = draw(key, 0, r * shape[1]).astype(np.float64) * 2.0**-31 - 1
+        right = (uniform / np.sqrt(shape[1])).astype(np.float32).reshape(r, shape[1])
+        left = np.zeros((shape[0], r), np.float32)
+        return {"left": floats.narrow(left, self.dtype), "right": floats.narrow(right, self.dtype)}
 
     def encode(self, delta: np.ndarray, key: int, row: int) -> Parts:
         try:
             left, right = lowrank.factors(delta, min(self.rank, *delta.shape), key)
         except np.linalg.LinAlgError:  # products of the largest fp32 numbers overflow
             raise NonFiniteError(row, 0) from None
-        return {"left": floats.narrow(left, "BF16"), "right": floats.narrow(right, "BF16")}
+        return {"left": floats.narrow(left, self.dtype), "right": floats.narrow(right, self.dtype)}
 
     def decode(self, parts: Parts, shape: tuple[int, int], key: int, row: int) -> np.ndarray:
         """Summed over the rank in order, in fp32: the same bits whatever the block, which BLAS does not promise."""
-        left, right = floats.widen(parts["left"], "BF16"), floats.widen(parts["right"], "BF16")
+        left, right = floats.widen(parts["left"], self.dtype), floats.widen(parts["right"], self.dtype)
         out = np.zeros(shape, np.float32)
         for r in range(left.shape[1]):
             out += left[:, r, None] * right[r]

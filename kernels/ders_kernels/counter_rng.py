@@ -23,7 +23,8 @@ def make_key(seed: int, group: str, label: str) -> int:
 
 
 @njit(nogil=True, cache=True)
-def _fill(key, first, out):
+def fill(key, first, out):
+    """uint64 key and number of the first element -> uint32 out [count]: draw() for compiled callers."""
     zero = np.uint64(0)
     skip = np.int64(first & np.uint64(3))
     first_block = first >> np.uint64(2)
@@ -49,5 +50,5 @@ def _fill(key, first, out):
 def draw(key: int, first: int, count: int) -> np.ndarray:
     """uint32 [count]: the words of elements first ... first + count - 1."""
     out = np.empty(count, np.uint32)
-    _fill(np.uint64(key), np.uint64(first), out)
+    fill(np.uint64(key), np.uint64(first), out)
     return out

@@ -6,6 +6,8 @@ Ties go to the lower column, so the choice is a function of the keys alone.
 import numpy as np
 from numba import njit
 
+from ..counter_rng import fill
+
 _ABS = np.uint32(0x7FFFFFFF)
 
 
@@ -41,6 +43,25 @@ def largest(keys, columns):
                 if line[i] == threshold:
                     ties -= 1
                 columns[row, at] = i
+                at += 1
+
+
+@njit(nogil=True, cache=True)
+def largest_drawn(key, row, width, starts, columns):
+    """Rows row, row + 1, ... of a matrix of `width` columns keep starts[i + 1] - starts[i] of them, those with the largest
+    draws under `key` (uint64), ascending: int64 columns, one list for all rows."""
+    counts, line, at = np.empty(2048, np.int64), np.empty(width, np.uint32), 0
+    for i in range(starts.size - 1):
+        k = starts[i + 1] - starts[i]
+        if k == 0:
+            continue
+        fill(key, np.uint64(row + i) * np.uint64(width), line)
+        threshold, ties = _threshold(line, k, counts)
+        for j in range(width):
+            if line[j] > threshold or (line[j] == threshold and ties > 0):
+                if line[j] == threshold:
+                    ties -= 1
+                columns[at] = j
                 at += 1
 
 

@@ -66,15 +66,17 @@ class Conversion:
         }
 
 
-def prepare(source: Source, recipe: Recipe, out: Path, options: Options) -> Conversion:
-    """Everything that can be refused is refused here, before a byte is written."""
-    inputs = [source.reader.folder]
-    if isinstance(source, DersSource):
+def prepare(source: Source, recipe: Recipe, out: Path, options: Options, base: Base | None = None) -> Conversion:
+    """Everything that can be refused is refused here, before a byte is written. `base`: where the recipe doesn't say it."""
+    inputs = list(source.folders)
+    if base is not None:
+        recipe = recipe.model_copy(update={"base": base.label})
+    elif isinstance(source, DersSource):
         if not source.lossless:
             raise UsageError(
                 f"{source.reader.folder}: its deltas are lossy already; convert the original model, or its `ders decompose`"
             )
-        base, kept = None, source.manifest["recipe"]
+        kept = source.manifest["recipe"]
         if recipe.base not in ("mean", kept["base"]) or recipe.shared > kept["shared"]:
             raise UsageError(
                 f"{source.reader.folder}: was decomposed with base {kept['base']}; --base and --shared go with the original model"
@@ -108,7 +110,7 @@ def run(conversion: Conversion) -> dict[str, Any]:
     """Write OUT; returns ders.json's content. On any error OUT does not come to be."""
     source, plan, options = conversion.source, conversion.plan, conversion.options
     check_space(conversion.out, conversion.totals()["output_bytes"] - plan.stream_bound)
-    folder = begin(conversion.out, options, _fingerprint(conversion))
+    folder = begin(conversion.out, options, fingerprint(source, conversion.recipe, options))
     total = plan.expert_bytes + sum(spec.nbytes for spec in source.copied.values())
     with shown(f"writing {conversion.out.name}", total, options.quiet) as progress:
         results = [_shard(conversion, shard, folder, progress) for shard in plan.shards]
@@ -128,15 +130,19 @@ def run(conversion: Conversion) -> dict[str, Any]:
     return manifest
 
 
-def _fingerprint(conversion: Conversion) -> dict[str, str]:
+def fingerprint(source: Source, recipe: Recipe, options: Options) -> dict[str, str]:
     """What must be the same for a run to be continued."""
-    reader = conversion.source.reader
-    stats = [(f, (reader.folder / f).stat().st_size, (reader.folder / f).stat().st_mtime_ns) for f in reader.files]
+    stats = []
+    for folder in source.folders:
+        files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+        stats += [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    headers = [header.text for header in source.reader.headers.values()]
     return {
         "version of ders": __version__,
-        "recipe": hashlib.sha256(conversion.recipe.model_dump_json().encode()).hexdigest(),
-        "source": hashlib.sha256(repr([stats, [h.text for h in reader.headers.values()]]).encode()).hexdigest(),
-        "shard size": str(conversion.options.max_shard_bytes),
+        "recipe": hashlib.sha256(recipe.model_dump_json().encode()).hexdigest(),
+        "source": hashlib.sha256(repr([stats, headers]).encode()).hexdigest(),
+        "shard size": str(options.max_shard_bytes),
+        "upcycling": json.dumps(source.upcycling),
     }
 
 
@@ -172,7 +178,7 @@ def _shard(conversion: Conversion, shard: ShardPlan, folder: Path, progress: Pro
 
 def _copy(source: Source, writer: ShardWriter, name: str, progress: Progress) -> None:
     at = 0
-    for chunk in source.reader.chunks(name):
+    for chunk in source.chunks(name):
         writer.write(name, at, chunk)
         at += chunk.nbytes
         progress.advance(chunk.nbytes)

@@ -47,12 +47,16 @@ def convert_group(
         base = _base_rows(source, base_of, group, rows, read)
         writer.write(f"{group.name}.base", rows.start * base[:1].nbytes, base)
         for i in range(experts):
-            expert = read(i, rows)
+            parts = source.given(group, i, codec, keys[i])
+            if parts is None:
+                expert = read(i, rows)
+                try:
+                    parts = codec.encode_expert(expert, base, group.dtype, keys[i], rows.start)
+                except NonFiniteError as error:
+                    raise _name_nonfinite(error, group, rows, read) from None
+            else:
+                expert = codec.decode_expert(parts, base, group.dtype, keys[i], rows.start)
             came[i].update(expert.reshape(-1).view(np.uint8))
-            try:
-                parts = codec.encode_expert(expert, base, group.dtype, keys[i], rows.start)
-            except NonFiniteError as error:
-                raise _name_nonfinite(error, group, rows, read) from None
             if stream is not None:
                 chunk = parts.pop("stream")
                 end = stream.tell() + chunk.nbytes

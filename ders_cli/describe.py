@@ -14,14 +14,12 @@ from blake3 import blake3
 from ders_kernels.cpu_ops import sums
 
 from . import __version__
-from .checkpoint.manifest import FORMAT, index_text, planned_bytes
-from .checkpoint.reader import INDEX
+from .checkpoint.manifest import FORMAT, planned_bytes
 from .checkpoint.tensor import TensorSpec
-from .checkpoint.writer import header_text
 from .output import carry
 from .plan import Plan, ShardPlan, Unit
 from .recipe import Recipe
-from .source import DersSource, PlainSource, Source
+from .source import Source
 
 BLANK = "0" * 64
 MOST = 10**15  # a number of bytes at its widest
@@ -45,7 +43,8 @@ def describe(
         "format": FORMAT,
         "tool": f"ders-cli {__version__}",
         "recipe": recipe.model_dump(mode="json"),
-        "source": describe_source(source),
+        **({"upcycling": source.upcycling} if source.upcycling else {}),
+        "source": source.form(),
         "groups": [entry for result in results for entry in result["groups"]],
         "guards": [name for shard in plan.shards for name in shard.guards],
         "tensors": {name: digest for result in results for name, digest in result["hashes"].items()},
@@ -130,38 +129,9 @@ def errors_of(total: np.ndarray, worst: float) -> dict[str, float]:
     return {name: float(f"{value:.5e}") for name, value in found.items()}
 
 
-def describe_source(source: Source) -> dict[str, Any]:
-    """What `restore` needs to write the source's own files again, byte for byte."""
-    if isinstance(source, DersSource):
-        return source.manifest["source"]
-    assert isinstance(source, PlainSource)
-    reader, files = source.reader, {}
-    for file, header in reader.headers.items():
-        listed = [[name, spec.dtype, list(spec.shape)] for name, spec in header.tensors.items()]
-        files[file] = {"tensors": listed, "metadata": header.metadata}
-        if header_text(header.tensors, header.metadata) != header.text:
-            files[file]["header"] = header.text.decode()
-    index = None
-    if reader.index:
-        metadata = reader.index.get("metadata") or {}
-        text = (reader.folder / INDEX).read_bytes()
-        index = {"metadata": metadata}
-        if text != index_text({name: place.file for name, place in reader.places.items()}, metadata):
-            index["text"] = text.decode()
-    return {
-        "layout": source.layout.name,
-        "activation": source.activation,
-        "aliases": source.aliases,
-        "files": files,
-        "index": index,
-        "config": (reader.folder / "config.json").read_bytes().decode(),
-    }
-
-
 def config_text(source: Source) -> bytes:
     """The source's config.json with `quantization_config` added."""
-    config = {key: value for key, value in source.reader.config.items() if key != "quantization_config"}
-    config["quantization_config"] = {"quant_method": "ders", "format": FORMAT}
+    config = source.config | {"quantization_config": {"quant_method": "ders", "format": FORMAT}}
     return (json.dumps(config, indent=2) + "\n").encode()
 
 

@@ -20,6 +20,7 @@ from ders_cli.errors import CheckpointError, DersError, UnsupportedError
 # stem, layer, name in the layer: the first number in a name is its layer's
 IN_LAYER = re.compile(r"(.+?)\.([0-9]{1,9})\.(.+)")
 NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")
+SLICE = re.compile(r"\.slice[0-9]+(?=\.[a-z]+_proj$)")
 PER_EXPERT = re.compile(r"((?:.+\.)?experts\.\{\})\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
 # how compressed-tensors, GPTQ and AWQ, and gpt-oss's mxfp4 end the name of packed weights, and the plain ending
 PACKED = {".weight_packed": ".weight", ".qweight": ".weight", "_blocks": ""}
@@ -153,6 +154,32 @@ def find_dense(
             "is it the model that was upcycled?"
         )
     return view
+
+
+def unsliced(name: str) -> str:
+    """The name of the group that a fine-grained slice's group is a part of (blueprint.py); other names as they are."""
+    return SLICE.sub("", name)
+
+
+def find_dense_layers(tensors: Mapping[str, TensorSpec]) -> dict[tuple[str, int], dict[str, MatrixView]]:
+    """The FFN of every layer of a dense decoder: (stem, layer) -> {projection: matrix}, in order of the layers.
+
+    Raises CheckpointError where a layer has none that is known, or only a part of one.
+    """
+    layers = sorted({(m[1], int(m[2])) for name in tensors if (m := IN_LAYER.fullmatch(name)) and m[1] in DECODERS})
+    found = {}
+    for stem, layer in layers:
+        forms = [{p: f"{stem}.{layer}.{name}" for p, name in storage.names().items()} for storage in DENSE]
+        index = next((i for i, names in enumerate(forms) if any(name in tensors for name in names.values())), None)
+        if index is None:
+            raise CheckpointError(f"{stem}.{layer}: has no FFN of a known form, such as {forms[0]['up']}")
+        if missing := [name for name in forms[index].values() if name not in tensors]:
+            raise CheckpointError(f"{missing[0]}: missing, unlike the rest of this FFN. Is the checkpoint complete?")
+        found[stem, layer] = {
+            projection: next(_views(_Found(DENSE[index], projection, 0, name), tensors[name], None))[1]
+            for projection, name in forms[index].items()
+        }
+    return found
 
 
 # --- which tensors hold experts ---

@@ -2,8 +2,9 @@
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,6 +29,34 @@ OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace what stand
 RESUME = Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")]
 QUIET = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, no summary.")]
 JSON = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a command runs, as its options say it."""
+
+    jobs: int | None
+    max_memory: str | None
+    max_shard_size: str
+    dry_run: bool
+    overwrite: bool
+    resume: bool
+    quiet: bool
+    as_json: bool
+
+    def options(self) -> Any:
+        """As `output.Options`. Raises UsageError for a size that is none."""
+        from .output import Options
+
+        return Options(
+            self.jobs or default_jobs(),
+            parse_bytes(self.max_shard_size, "--max-shard-size"),
+            parse_bytes(self.max_memory, "--max-memory") if self.max_memory else None,
+            self.overwrite,
+            self.resume,
+            self.quiet,
+        )
+
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

@@ -15,7 +15,7 @@ from .codecs import DeltaCodec
 from .errors import UnsupportedError
 from .layouts import ExpertGroup
 from .recipe import Recipe
-from .source import BLOCK_WEIGHTS, DersSource, PlainSource, Source, stored_parts
+from .source import BLOCK_WEIGHTS, Source, stored_parts
 
 GUARD_TEXT = b"This is a DeRS checkpoint: experts are stored as one base and deltas. Load it with ders (pip install ders-cli), or run `ders restore` first."
 WORKING_SET = 48 << 20  # a thread's blocks, beside what the experts' rows take
@@ -95,15 +95,14 @@ def make_plan(source: Source, recipe: Recipe, base: Base | None, max_shard_bytes
     for group in source.groups:
         if base is not None:
             base.check(group)
-        unit = Unit(group, recipe.codec(group), {})
+        unit = Unit(group, source.codec_of(group) or recipe.codec(group), {})
         unit.parts.update(stored_parts(group, unit.codec))
         units.append(unit)
         items.append((natural(group.name), unit))
     guard = TensorSpec((len(GUARD_TEXT),), "U8")
-    guards = source.manifest["guards"] if isinstance(source, DersSource) else _guards(source)
-    items += [(natural(name), ("guard", name, guard)) for name in guards]
+    items += [(natural(name), ("guard", name, guard)) for name in source.guards]
     items += [(natural(name), ("copied", name, spec)) for name, spec in source.copied.items()]
-    shards = _fill_shards([item for _, item in sorted(items, key=lambda pair: pair[0])], max_shard_bytes)
+    shards = fill_shards([item for _, item in sorted(items, key=lambda pair: pair[0])], max_shard_bytes)
     names = [name for shard in shards for name in (*shard.fixed, *shard.appended)]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -121,10 +120,6 @@ def _stream_bound(unit: Unit) -> int:
     return len(unit.group.members) * (TensorSpec(unit.group.shape, unit.group.dtype).nbytes + chunks)
 
 
-def _guards(source: PlainSource) -> tuple[str, ...]:
-    return source.layout.guards
-
-
 def _item_bytes(item: Unit | tuple[str, str, TensorSpec]) -> int:
     if not isinstance(item, Unit):
         return item[2].nbytes
@@ -133,7 +128,7 @@ def _item_bytes(item: Unit | tuple[str, str, TensorSpec]) -> int:
     return known + (whole if item.codec.lossless else 0)
 
 
-def _fill_shards(items: list[Unit | tuple[str, str, TensorSpec]], max_shard_bytes: int) -> tuple[ShardPlan, ...]:
+def fill_shards(items: list[Unit | tuple[str, str, TensorSpec]], max_shard_bytes: int) -> tuple[ShardPlan, ...]:
     """Items in order, a new shard where the next one would pass the size. A group is never split."""
     shards, held = [ShardPlan()], 0
     for item in items:

@@ -12,6 +12,7 @@ rules:                # the first that matches a matrix decides
 """
 
 import difflib
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +37,7 @@ class Rule(BaseModel):
     group_size: int | None = None
 
     def matches(self, group: ExpertGroup) -> bool:
-        return group.projection in self.projections and _in_layers(group.layer, str(self.layers))
+        return group.projection in self.projections and layer_test(str(self.layers))(group.layer)
 
 
 class Recipe(BaseModel):
@@ -62,19 +63,14 @@ class Recipe(BaseModel):
         parse_codec(self.delta, self.group_size)
         for rule in self.rules:
             parse_codec(rule.delta, rule.group_size or self.group_size)
-            _layer_set(str(rule.layers))
+            layer_test(str(rule.layers))
         if self.base.startswith("expert:") and not self.base[7:].isdigit():
             raise UsageError(f"base {self.base!r}: expected expert:N with a number, such as expert:0")
 
 
-def _in_layers(layer: int, text: str) -> bool:
-    chosen = _layer_set(text)
-    return chosen(layer) if callable(chosen) else layer in chosen
-
-
 @lru_cache
-def _layer_set(text: str) -> Any:
-    """`all`, `even`, `odd` as a test; otherwise the set of numbers that ranges such as 0-3,31 name."""
+def layer_test(text: str) -> Callable[[int], bool]:
+    """Whether a layer is one of `all`, `even`, `odd` or of the numbers that ranges such as 0-3,31 name. Raises UsageError."""
     tests = {"all": lambda n: True, "even": lambda n: n % 2 == 0, "odd": lambda n: n % 2 == 1}
     if text in tests:
         return tests[text]
@@ -84,7 +80,7 @@ def _layer_set(text: str) -> Any:
         if not first.isdigit() or not (last or first).isdigit() or int(last or first) > 10_000:
             raise UsageError(f"layers {text!r}: expected all, even, odd or numbers and ranges such as 0-3,31")
         chosen |= set(range(int(first), int(last or first) + 1))
-    return frozenset(chosen)
+    return chosen.__contains__
 
 
 def shipped_recipes() -> dict[str, Path]:

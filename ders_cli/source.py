@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from ders_kernels.counter_rng import make_key
 
-from .checkpoint.manifest import is_ders, read_manifest
-from .checkpoint.reader import CheckpointReader, read_view
+from .checkpoint.manifest import index_text, is_ders, read_manifest
+from .checkpoint.reader import INDEX, CheckpointReader, read_view
 from .checkpoint.tensor import STORAGE, TensorSpec
+from .checkpoint.writer import header_text
 from .codecs import DeltaCodec, codec_from_config
 from .codecs.base import Parts
 from .errors import CheckpointError, UsageError
@@ -27,15 +28,35 @@ class Source(ABC):
     """A checkpoint as groups of experts and tensors that are copied."""
 
     reader: CheckpointReader
+    folders: list[Path]  # everything that is read; an output may not replace it
+    config: dict[str, Any]
     groups: tuple[ExpertGroup, ...]
+    guards: tuple[str, ...]  # one name per MoE layer at which stock loaders look for the experts
     copied: dict[str, TensorSpec]  # tensors that are no experts, natural order of the file
     aliases: dict[str, str]  # their canonical names, where these differ
     activation: str
     shared: bool  # a shared expert is in the groups
+    upcycling: dict[str, Any] | None = None  # how a dense model was made this MoE; ders.json keeps it
 
     @abstractmethod
     def read(self, group: ExpertGroup, member: int, rows: slice) -> np.ndarray:
         """Stored bits [rows, in] of one expert."""
+
+    @abstractmethod
+    def form(self) -> dict[str, Any]:
+        """The plain checkpoint's own form, down to its header bytes: `source` in ders.json (docs/format.md, section 6)."""
+
+    def chunks(self, name: str) -> Iterator[np.ndarray]:
+        """Bytes of a copied tensor, from front to back, in pieces."""
+        return self.reader.chunks(name)
+
+    def codec_of(self, group: ExpertGroup) -> DeltaCodec | None:
+        """The codec that this source needs for a group; None: the recipe decides."""
+        return None
+
+    def given(self, group: ExpertGroup, member: int, codec: DeltaCodec, key: int) -> Parts | None:
+        """Parts that stand for an expert from the start, so that no delta has to be encoded; None: encode it."""
+        return None
 
     def blocks(self, group: ExpertGroup) -> Iterator[slice]:
         """Row blocks in which this source reads a group well."""
@@ -61,13 +82,14 @@ class PlainSource(Source):
     """Experts as the file keeps them."""
 
     def __init__(self, folder: Path, shared: bool = False):
-        self.reader = CheckpointReader(folder)
+        self.reader, self.folders = CheckpointReader(folder), [folder]
         try:
             layout = find_layout(self.reader.tensors, self.reader.config, include_shared=shared)
         except BaseException:
             self.reader.close()
             raise
         self.layout, self.groups, self.activation, self.shared = layout, layout.groups, layout.activation, shared
+        self.config, self.guards = self.reader.config, layout.guards
         experts = {view.tensor for group in self.groups for _, view in group.members}
         self.copied = {name: spec for name, spec in self.reader.tensors.items() if name not in experts}
         self.aliases = dict(layout.aliases)
@@ -76,12 +98,35 @@ class PlainSource(Source):
         view = group.members[member][1]
         return read_view(self.reader, view.tensor, view.offset, (view.row_stride, view.column_stride), view.shape, rows)
 
+    def form(self) -> dict[str, Any]:
+        reader, files = self.reader, {}
+        for file, header in reader.headers.items():
+            listed = [[name, spec.dtype, list(spec.shape)] for name, spec in header.tensors.items()]
+            files[file] = {"tensors": listed, "metadata": header.metadata}
+            if header_text(header.tensors, header.metadata) != header.text:
+                files[file]["header"] = header.text.decode()
+        index = None
+        if reader.index:
+            metadata = reader.index.get("metadata") or {}
+            text = (reader.folder / INDEX).read_bytes()
+            index = {"metadata": metadata}
+            if text != index_text({name: place.file for name, place in reader.places.items()}, metadata):
+                index["text"] = text.decode()
+        return {
+            "layout": self.layout.name,
+            "activation": self.activation,
+            "aliases": self.aliases,
+            "files": files,
+            "index": index,
+            "config": (reader.folder / "config.json").read_bytes().decode(),
+        }
+
 
 class DersSource(Source):
     """Experts as base + delta, from a DeRS checkpoint."""
 
     def __init__(self, folder: Path):
-        self.reader = CheckpointReader(folder)
+        self.reader, self.folders = CheckpointReader(folder), [folder]
         try:
             self.manifest = read_manifest(folder)
             self.groups, self.codecs = _groups_of(self.manifest)
@@ -90,15 +135,22 @@ class DersSource(Source):
         except BaseException:
             self.reader.close()
             raise
-        self.activation = self.manifest["source"]["activation"]
+        self.config = {key: value for key, value in self.reader.config.items() if key != "quantization_config"}
+        self.activation, self.guards = self.manifest["source"]["activation"], tuple(self.manifest["guards"])
         own = {name for group in self.groups for name in self.part_specs(group)} | set(self.manifest["guards"])
         self.copied = {name: spec for name, spec in self.reader.tensors.items() if name not in own}
         self.aliases = self.manifest["source"]["aliases"]
         self.seed, self.shared = self.manifest["recipe"]["seed"], self.manifest["recipe"]["shared"]
+        self.upcycling = self.manifest.get("upcycling")
 
     @property
     def lossless(self) -> bool:
-        return all(codec.lossless for codec in self.codecs.values())
+        """It gives back the experts that it was made of: coded exactly, or trained or upcycled as base and deltas."""
+        members = (member for entry in self.manifest["groups"] for member in entry["members"])
+        return all(member["source_hash"] == member["restored_hash"] for member in members)
+
+    def form(self) -> dict[str, Any]:
+        return self.manifest["source"]
 
     def entry(self, group: ExpertGroup) -> dict[str, Any]:
         """What ders.json says of a group."""

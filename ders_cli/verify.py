@@ -12,7 +12,7 @@ reference: then the errors must be those noted at conversion. All other tensors 
 import json
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from .compare import Layer, LayerResult, Matched, compare_layer, layer_name, ran
 from .describe import file_hash
 from .engines import local
 from .errors import CheckpointError, UsageError
-from .layouts import ExpertGroup, find_layout
+from .layouts import ExpertGroup, find_layout, unsliced
 from .report import Progress, shown
 from .restore import check_places, source_specs
 from .source import DersSource, Source
@@ -149,7 +149,7 @@ def _misplaced(source: DersSource) -> Iterator[tuple[str, str]]:
     expected = {(group.name, label): view for group in layout.groups for label, view in group.members}
     for group in source.groups:
         for label, view in group.members:
-            if expected.get((group.name, label)) != view:
+            if expected.get((unsliced(group.name), label)) != view:
                 yield (
                     f"{group.name}, expert {label}",
                     f"ders.json places it in {view.tensor}, its source's layout elsewhere",
@@ -214,9 +214,9 @@ def _finite(source: Source, group: ExpertGroup, progress: Progress) -> list[tupl
 
 def _match(tested: Source, reference: Source, report: Report) -> list[Layer]:
     """Layers that both have in equal shapes; what only one has is a finding."""
-    theirs = {group.name: group for group in reference.groups}
+    theirs = {group.name: group for group in _cut(reference, tested)}
     matched: dict[str, list[tuple[ExpertGroup, ExpertGroup]]] = defaultdict(list)
-    for group in tested.groups:
+    for group in _cut(tested, reference):
         other = theirs.pop(group.name, None)
         if other is None:
             report.add(group.name, "not in the reference")
@@ -237,6 +237,25 @@ def _match(tested: Source, reference: Source, report: Report) -> list[Layer]:
         Layer(name, pairs[0][0].layer, {g.projection: g for g, _ in pairs}, {o.projection: o for _, o in pairs})
         for name, pairs in matched.items()
     ]
+
+
+def _cut(source: Source, like: Source) -> Iterator[ExpertGroup]:
+    """A source's groups, cut into fine-grained slices (blueprint.py) where the other has them so."""
+    slices = defaultdict(list)
+    for group in like.groups:
+        slices[unsliced(group.name)].append(group)
+    for group in source.groups:
+        theirs = slices.get(group.name, [])
+        if not theirs or theirs[0].name == group.name:
+            yield group
+            continue
+        if isinstance(source, DersSource):
+            raise UsageError(
+                f"{source.reader.folder}: has no slices where {like.reader.folder} has; `ders restore` one of them first"
+            )
+        for part in theirs:
+            labels = {label for label, _ in part.members}
+            yield replace(group, name=part.name, members=tuple(m for m in group.members if m[0] in labels))
 
 
 def _judge(tested: Source, result: LayerResult, bounds: Bounds, report: Report) -> None:

@@ -27,13 +27,14 @@ def restore(
     """
     from .. import restore as action
     from ..output import Options
+    from ..plain import planned_plain
     from ..source import open_source
 
     out = (output or model.absolute().with_name(f"{model.absolute().name}-restored")).resolve()
     options = Options(jobs or o.default_jobs(), overwrite=overwrite, resume=resume, quiet=quiet)
     with open_source(model) as source:
         ders = action.require_ders(source, model)
-        plan = action.planned_restore(ders) if dry_run else action.restore(ders, out, options)
+        plan = planned_plain(ders) if dry_run else action.restore(ders, out, options)
     document = {"schema": SCHEMA, "command": "restore", "output": str(out), "dry_run": dry_run, "plan": plan}
     if as_json:
         print(json.dumps(document, indent=1))

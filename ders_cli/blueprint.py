@@ -1,0 +1,139 @@
+"""The stock MoE that a dense model becomes, as names, shapes and a config.json, from the dense model's headers alone.
+
+Fine-grained split (DeepSeekMoE, arXiv 2401.06066; Dynamic-DINO, arXiv 2507.17436): expert e becomes the m experts e*m ... e*m+m-1,
+each with 1/m of the neurons. Router rows are repeated m times, so that the top k*m are the slices of the top k; the
+gates, which sum to 1, are then 1/m of what they were, and down_proj is multiplied by m.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .architectures import ARCHITECTURES, Storage
+from .checkpoint.reader import CheckpointReader
+from .checkpoint.tensor import TensorSpec
+from .errors import UnsupportedError, UsageError
+from .layouts import ExpertGroup, Layout, MatrixView, find_dense_layers, find_layout
+from .pairs import Pair, find_pair, refuse_biases
+from .recipe import layer_test
+
+
+@dataclass(frozen=True)
+class Upcycling:
+    """How a dense model becomes a MoE; ders.json keeps it under `upcycling`."""
+
+    experts: int
+    top_k: int
+    layers: str = "all"
+    split: int = 1
+    router: str = "normal"
+    noise: float = 0.0  # standard deviation of what is added to each copy, in root mean squares of its row
+    average: bool = False  # the other weights are the mean of the fine-tunes', not the dense model's
+    donors: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Experts that the router sees in a layer."""
+        return self.experts * self.split
+
+    def check(self) -> None:
+        """Raise UsageError for settings that no model could have."""
+        if not 1 <= self.top_k <= self.experts:
+            raise UsageError(f"--top-k {self.top_k}: expected 1 ... {self.experts}, the number of experts")
+        if self.split > 1 and self.router == "zero":
+            raise UsageError(
+                "--split with --router zero: all slices would tie, and the top ones be slices of no one expert"
+            )
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """The stock MoE. `dense`: (stem, layer) -> FFN matrices of the dense model; `chosen`: layers whose experts may differ."""
+
+    pair: Pair
+    dense: dict[tuple[str, int], dict[str, MatrixView]]
+    chosen: frozenset[int]
+    tensors: dict[str, TensorSpec]  # all of the MoE
+    copied: dict[str, TensorSpec]  # those that are no experts
+    made: dict[str, TensorSpec]  # of these, the ones that the dense model does not have: routers, and zeros
+    config: dict[str, Any]
+    layout: Layout
+    groups: tuple[ExpertGroup, ...]
+
+
+def draw_blueprint(reader: CheckpointReader, how: Upcycling) -> Blueprint:
+    """Raises UnsupportedError for a model that has no such MoE, UsageError for settings that do not fit it."""
+    pair = find_pair(reader.config)
+    refuse_biases(pair, reader.tensors)
+    if reader.config.get("quantization_config"):
+        raise UnsupportedError(f"{reader.folder}: is quantised; dequantise it to bf16 first")
+    dense = find_dense_layers(reader.tensors)
+    inner = _inner_size(reader, dense, how.split)
+    chosen = frozenset(layer for _, layer in dense if layer_test(how.layers)(layer))
+    if not chosen:
+        raise UsageError(f"--layers {how.layers}: names none of the layers 0 ... {max(layer for _, layer in dense)}")
+    config = _make_config(reader.config, pair, how, inner, [layer for _, layer in dense], chosen)
+    storage = next(row for row in ARCHITECTURES if pair.moe in row.model_types).storages[0]
+    experts: dict[str, TensorSpec] = {}
+    made: dict[str, TensorSpec] = {}
+    taken: set[str] = set()
+    for (stem, layer), views in dense.items():
+        if pair.dense_layers and layer not in chosen:
+            continue
+        where, dtype, hidden = f"{stem}.{layer}", reader.tensors[views["up"].tensor].dtype, views["up"].shape[1]
+        taken |= {view.tensor for view in views.values()}
+        experts |= _expert_tensors(where, storage, how.total, hidden, inner, dtype)
+        made[f"{where}.{pair.router}"] = TensorSpec((how.total, hidden), dtype)
+        sizes = {"E": how.total, "H": hidden, "I": inner}
+        for name, shape in pair.zeros:
+            made[f"{where}.{name}"] = TensorSpec(tuple(sizes.get(n, n) for n in shape), dtype)
+    copied = {name: spec for name, spec in reader.tensors.items() if name not in taken} | made
+    layout = find_layout(experts | copied, config)
+    groups = tuple(part for group in layout.groups for part in _slices(group, how.split))
+    return Blueprint(pair, dense, chosen, experts | copied, copied, made, config, layout, groups)
+
+
+def _inner_size(reader: CheckpointReader, dense: dict[tuple[str, int], dict[str, MatrixView]], split: int) -> int:
+    sizes = {views["up"].shape[0] for views in dense.values()}
+    if len(sizes) != 1:
+        raise UnsupportedError(f"{reader.folder}: FFNs of {sorted(sizes)} neurons; a MoE has experts of one size")
+    size = sizes.pop()
+    if size % split:
+        raise UsageError(f"--split {split}: {size} neurons cannot be cut into {split} equal slices")
+    return size // split
+
+
+def _make_config(
+    dense: dict[str, Any], pair: Pair, how: Upcycling, inner: int, layers: list[int], chosen: frozenset[int]
+) -> dict[str, Any]:
+    config = dense | {"model_type": pair.moe, "architectures": [pair.architecture]} | dict(pair.settings)
+    config |= dict.fromkeys(pair.experts, how.total) | {pair.top_k: how.top_k * how.split, pair.inner: inner}
+    if pair.last_layer:
+        config[pair.last_layer] = max(layers)
+    if pair.dense_layers:
+        config[pair.dense_layers] = [layer for layer in layers if layer not in chosen]
+    config.pop("auto_map", None)  # names code of the dense class
+    return config
+
+
+def _expert_tensors(
+    where: str, storage: Storage, total: int, hidden: int, inner: int, dtype: str
+) -> dict[str, TensorSpec]:
+    """Names and specs of a layer's experts, one matrix each or all in one tensor."""
+    found = {}
+    for projection, name in storage.names().items():
+        rows, columns = (hidden, inner) if projection == "down" else (inner, hidden)
+        if "{}" in name:
+            found |= {f"{where}.{name.format(e)}": TensorSpec((rows, columns), dtype) for e in range(total)}
+        else:
+            fused = 2 if storage.fusion and projection != "down" else 1
+            found[f"{where}.{name}"] = TensorSpec((total, fused * rows, columns), dtype)
+    return found
+
+
+def _slices(group: ExpertGroup, split: int) -> Iterator[ExpertGroup]:
+    """The group; or, split, for each slice the experts that are it: they share a base, other slices have another."""
+    parent, _, projection = group.name.rpartition(".")
+    for s in range(split):
+        name = f"{parent}.slice{s}.{projection}" if split > 1 else group.name
+        yield replace(group, name=name, members=group.members[s::split])

@@ -1,0 +1,156 @@
+"""Where the experts of an upcycled model come from: fine-tunes of the dense model, or adapters (LoRA) on its FFN.
+
+A donor gives the FFN matrices of one expert. A fine-tune's other weights are not an expert's and stay behind: what
+they differ in is counted, so that nobody is surprised. An adapter is a low-rank delta already, W = base + scale * B @ A, and
+is taken as one, exactly: `left` = scale * B, `right` = A.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ders_kernels.cpu_ops import floats
+
+from .checkpoint.reader import CheckpointReader, read_header, read_json, read_view
+from .checkpoint.tensor import FLOATS, STORAGE
+from .errors import CheckpointError, UnsupportedError, UsageError
+from .layouts import MatrixView
+
+ADAPTER = "adapter_config.json"
+LORA = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+# settings that change what an adapter computes, and the values with which it is plain LoRA
+PLAIN = {
+    "use_dora": False,
+    "use_qalora": False,
+    "lora_bias": False,
+    "bias": "none",
+    "peft_type": "LORA",
+    "modules_to_save": None,
+}
+
+
+class FineTune:
+    """A dense checkpoint with the ancestor's names, shapes and dtypes."""
+
+    def __init__(self, folder: Path, ancestor: CheckpointReader):
+        self.folder, self.reader, self._ancestor = folder, CheckpointReader(folder), ancestor
+        for name, spec in ancestor.tensors.items():
+            if (found := self.reader.tensors.get(name)) != spec:
+                state = f"{found.dtype} {list(found.shape)}" if found else "nothing"
+                self.reader.close()
+                raise CheckpointError(
+                    f"{folder}: {name}: expected {spec.dtype} {list(spec.shape)} as in {ancestor.folder}, found {state}; "
+                    "is it a fine-tune of this model?"
+                )
+        if extra := next((name for name in self.reader.tensors if name not in ancestor.tensors), None):
+            self.reader.close()
+            raise CheckpointError(f"{folder}: {extra}: not in {ancestor.folder}; is it a fine-tune of this model?")
+
+    def read(self, view: MatrixView, rows: slice) -> np.ndarray:
+        """Stored bits [rows, in] of one of the ancestor's matrices, as this fine-tune has it."""
+        return read_view(self.reader, view.tensor, view.offset, (view.row_stride, view.column_stride), view.shape, rows)
+
+    def close(self) -> None:
+        self.reader.close()
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One matrix of an adapter: its delta is left [out, r] @ right [r, in], fp32, the scale in `left`."""
+
+    left: np.ndarray
+    right: np.ndarray
+
+
+class Adapter:
+    """A PEFT LoRA adapter on FFN projections, all in memory (it is small)."""
+
+    def __init__(self, folder: Path, ancestor: CheckpointReader, matrices: dict[str, MatrixView]):
+        self.folder = folder
+        config = read_json(folder / ADAPTER, "an adapter's settings")
+        for key, plain in PLAIN.items():
+            if config.get(key, plain) not in (plain, [], None):
+                raise UnsupportedError(
+                    f"{folder / ADAPTER}: {key} is {config[key]!r:.40}; only plain LoRA is taken as an expert"
+                )
+        self._factors = _read_factors(folder, config, matrices)
+
+    def factors(self, tensor: str) -> Factors | None:
+        """Of one of the ancestor's matrices, by its tensor's name; None where the adapter changes nothing."""
+        return self._factors.get(tensor)
+
+    def close(self) -> None:
+        pass
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER).is_file()
+
+
+def open_donor(folder: Path, ancestor: CheckpointReader, matrices: dict[str, MatrixView]) -> FineTune | Adapter:
+    """The fine-tune or adapter in a folder. `matrices`: the ancestor's FFN matrices by their tensors' names."""
+    if not folder.is_dir():
+        raise UsageError(f"--expert-from {folder}: no such folder")
+    return Adapter(folder, ancestor, matrices) if is_adapter(folder) else FineTune(folder, ancestor)
+
+
+def _read_factors(folder: Path, config: dict[str, Any], matrices: dict[str, MatrixView]) -> dict[str, Factors]:
+    pairs: dict[str, dict[str, np.ndarray]] = {}
+    for name, values in _adapter_tensors(folder):
+        match = LORA.fullmatch(name)
+        if match is None:
+            raise UnsupportedError(
+                f"{folder}: {name}: no LoRA factor; only plain LoRA on the FFN is taken as an expert"
+            )
+        tensor = f"{match[1]}.weight"
+        if tensor not in matrices:
+            raise UnsupportedError(
+                f"{folder}: {name}: changes {match[1]}, which is no FFN projection; an expert cannot hold that. "
+                "Merge this adapter into a fine-tune, or train one on the FFN alone"
+            )
+        pairs.setdefault(tensor, {})[match[2]] = values
+    factors = {}
+    for tensor, found in pairs.items():
+        shape, a, b = matrices[tensor].shape, found.get("A"), found.get("B")
+        if a is None or b is None or (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1]:
+            sizes = {which: list(values.shape) for which, values in found.items()}
+            raise CheckpointError(
+                f"{folder}: {tensor}: expected factors [{shape[0]}, r] and [r, {shape[1]}], found {sizes}"
+            )
+        factors[tensor] = Factors(b * np.float32(_scale(config, tensor.removesuffix(".weight"), a.shape[0], folder)), a)
+    if not factors:
+        raise CheckpointError(f"{folder}: has no LoRA factors")
+    return factors
+
+
+def _scale(config: dict[str, Any], module: str, rank: int, folder: Path) -> float:
+    """alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732); patterns name modules by the end of their path."""
+    alpha = config.get("lora_alpha", rank)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            alpha = value
+            break
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise CheckpointError(f"{folder / ADAPTER}: lora_alpha: expected a number, found {alpha!r:.40}")
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _adapter_tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and fp32 values of adapter_model.safetensors."""
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise UnsupportedError(
+            f"{folder}: no {path.name}; ders reads no pickles (.bin): save the adapter as safetensors"
+        )
+    header, data = read_header(path), path.read_bytes()
+    for name, spec in header.tensors.items():
+        if spec.dtype not in FLOATS:
+            raise UnsupportedError(f"{path}: {name}: expected {', '.join(FLOATS)}, found {spec.dtype}")
+        bits = np.frombuffer(data, STORAGE[spec.dtype], spec.size, header.begins[name]) if spec.size else None
+        if bits is None or len(spec.shape) != 2:
+            raise CheckpointError(f"{path}: {name}: expected a matrix, found {list(spec.shape)}")
+        yield name, floats.widen(np.ascontiguousarray(bits).reshape(spec.shape), spec.dtype)

@@ -1,0 +1,146 @@
+"""`ders upcycle` from parsed options to a printed report."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError
+from .options import RunOptions
+from .report import human_bytes, print_table
+
+SCHEMA = 1
+
+
+def upcycle_command(
+    dense: Path,
+    output: Path | None,
+    experts: int | None,
+    rank: int | None,
+    sparse: float | None,
+    full: bool,
+    donors: list[Path],
+    delta: str | None,
+    top_k: int | None,
+    layers: str,
+    split: int,
+    router: str,
+    noise: float,
+    average: bool,
+    group_size: int | None,
+    seed: int,
+    run: RunOptions,
+) -> None:
+    from . import convert, upcycle
+    from .blueprint import Upcycling
+    from .codecs import parse_codec
+    from .donors import is_adapter
+    from .output import left_behind
+    from .plain import planned_plain
+    from .upcycled import UpcycledSource
+
+    term = _form(rank, sparse, full, delta, donors)
+    adapters = bool(donors) and term is None and not full and all(is_adapter(path) for path in donors)
+    term = term or ("full" if full else "adapters" if adapters else "exact")
+    if donors and experts not in (None, len(donors)):
+        raise UsageError(f"--experts {experts}: there are {len(donors)} --expert-from, and each is one expert")
+    if noise and not (full and not donors):
+        raise UsageError("--noise goes with --full, without --expert-from: deltas that are trained start at 0")
+    if average and (not donors or any(is_adapter(path) for path in donors)):
+        raise UsageError("--average-others goes with fine-tunes as --expert-from: nothing else has other weights")
+    count = experts or len(donors) or 4
+    how = Upcycling(
+        count, top_k or min(2, count), layers, split, _router_name(router), noise, average, tuple(map(str, donors))
+    )
+    how.check()
+    fitted, agreement = _fit(dense, router, how) if how.router == "prompts" else (None, None)
+    start = parse_codec(term, group_size or 128) if rank or sparse is not None else None
+    name = f"{dense.absolute().name}-moe{count}-{term.replace(':', 'of')}"
+    out = (output or dense.absolute().with_name(name)).resolve()
+    options = run.options()
+    with UpcycledSource(dense, how, donors, seed, options.max_shard_bytes, start, adapters, fitted) as source:
+        document: dict[str, Any] = {"schema": SCHEMA, "command": "upcycle", "output": str(out), "dry_run": run.dry_run}
+        document["model_type"] = source.config["model_type"]
+        if full:
+            document |= {"parameters": upcycle.counts(source, None), "plan": planned_plain(source)}
+            if not run.dry_run:
+                upcycle.write_full(source, out, options)
+        else:
+            conversion = upcycle.prepare_deltas(source, "none" if adapters else term, group_size or 128, out, options)
+            codecs = {unit.group.name: unit.codec for unit in conversion.plan.units}
+            document |= {"parameters": upcycle.counts(source, codecs), "plan": conversion.totals()}
+            if not run.dry_run:
+                document["bytes"] = convert.run(conversion)["bytes"]
+        document["router_agreement"] = agreement
+        document["fine_tunes"] = upcycle.left_out(source, run.quiet)
+    document["left_behind"] = left_behind(dense)
+    _print(document, run)
+
+
+def _form(rank: int | None, sparse: float | None, full: bool, delta: str | None, donors: list[Path]) -> str | None:
+    """The codec term of the form that was asked for; None: --full, or what suits the donors."""
+    asked = {
+        "--rank": rank is not None,
+        "--sparse": sparse is not None,
+        "--full": full,
+        "--delta": delta is not None,
+    }
+    if sum(asked.values()) > 1:
+        raise UsageError(f"{' and '.join(name for name, on in asked.items() if on)}: expected one of them")
+    if donors and (asked["--rank"] or asked["--sparse"]):
+        raise UsageError(
+            "--expert-from brings its own deltas: expected --delta (such as exact or rank16) or --full with it"
+        )
+    if delta is not None and not donors:
+        raise UsageError(
+            "--delta says how the deltas of --expert-from are stored; without it expected --rank, --sparse or --full"
+        )
+    if not donors and not any(asked.values()):
+        raise UsageError("expected --rank R, --sparse P or --full: what each expert has of its own")
+    if rank is not None:
+        return f"rank{rank}"
+    return f"sparse{sparse:.10f}".rstrip("0") if sparse is not None else delta
+
+
+def _router_name(router: str) -> str:
+    if router in ("normal", "zero"):
+        return router
+    if not Path(router).is_file():
+        raise UsageError(f"--router {router}: expected normal, zero or a YAML file with prompts; no such file")
+    return "prompts"
+
+
+def _fit(dense: Path, router: str, how: Any) -> Any:
+    from .router_fit import fit_routers
+
+    return fit_routers(dense, Path(router), how.experts)
+
+
+def _print(document: dict[str, Any], run: RunOptions) -> None:
+    if document["left_behind"] and not run.dry_run:
+        print(f"ders: note: not carried along: {', '.join(document['left_behind'])}", file=sys.stderr)
+    if run.as_json:
+        print(json.dumps(document, indent=1))
+        return
+    if run.quiet:
+        print(document["output"])
+        return
+    plan, parameters = document["plan"], document["parameters"]
+    print(f"would write {document['output']}" if run.dry_run else document["output"])
+    rows = [
+        [
+            "parameters",
+            f"{parameters['dense']:,}",
+            f"{parameters['added']:,}",
+            f"{parameters['added'] / parameters['dense']:.2%}",
+        ],
+        ["bytes", human_bytes(plan["source_bytes"]), "", human_bytes(plan["output_bytes"])],
+    ]
+    print_table(f"{document['model_type']}", ["", "dense", "added", "written"], rows)
+    for entry in document["fine_tunes"]:
+        print(
+            f"{entry['donor']}: {entry['tensors']} of {entry['of']} tensors outside the FFN differ from the dense model's "
+            f"(by {entry['relative']:.2e} of their size); an expert does not hold them"
+        )
+    if document["router_agreement"] is not None:
+        print(f"router: takes the prompts' own expert first for {document['router_agreement']:.1%} of their tokens")

@@ -1,0 +1,219 @@
+"""A dense model read as the MoE that it becomes: a source of experts, all of which compute what its FFN computes.
+
+Reading an expert reads the dense FFN, or a donor's; reading another tensor reads the dense model's, or makes the router. So
+what writes and verifies conversions writes and verifies this one, and what it restores to is the stock MoE.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ders_kernels.counter_rng import make_key
+from ders_kernels.cpu_ops import floats
+
+from .base import Base, ReadExpert, mean
+from .blueprint import Upcycling, draw_blueprint
+from .checkpoint.manifest import file_names
+from .checkpoint.reader import CheckpointReader, read_view
+from .checkpoint.tensor import FLOATS, STORAGE, TensorSpec
+from .codecs import DeltaCodec
+from .codecs.base import Parts
+from .codecs.none import NoneCodec
+from .codecs.rank import RankCodec
+from .codecs.sparse import SparseCodec
+from .donors import Adapter, FineTune, open_donor
+from .layouts import ExpertGroup, MatrixView
+from .plan import natural
+from .routers import normal, start_router
+from .source import Source
+
+NOISE_LABEL = "noise"
+
+
+class UpcycledSource(Source):
+    """What the experts are stored as: `start`, a codec's initial parts, to be trained; `as_adapters`, the donors' own
+    factors; or neither: their deltas are encoded. `fitted`: router rows fp32 [experts, hidden] by layer ("model.layers.3").
+
+    Raises what is wrong with the model, the donors or the settings, from headers alone.
+    """
+
+    shared = False
+
+    def __init__(
+        self,
+        folder: Path,
+        how: Upcycling,
+        donors: list[Path],
+        seed: int,
+        max_shard_bytes: int,
+        start: DeltaCodec | None = None,
+        as_adapters: bool = False,
+        fitted: dict[str, np.ndarray] | None = None,
+    ):
+        self.how, self.seed, self.donors = how, seed, []
+        self._start, self._as_adapters, self._fitted = start, as_adapters, fitted
+        self.reader = CheckpointReader(folder)
+        try:
+            how.check()
+            self.plan = draw_blueprint(self.reader, how)
+            matrices = {view.tensor: view for views in self.plan.dense.values() for view in views.values()}
+            self.donors = [open_donor(path, self.reader, matrices) for path in donors]
+        except BaseException:
+            self.close()
+            raise
+        layout = self.plan.layout
+        self.folders = [self.reader.folder, *(donor.folder for donor in self.donors)]
+        self.config, self.groups, self.copied = self.plan.config, self.plan.groups, self.plan.copied
+        self.guards, self.aliases, self.activation = layout.guards, dict(layout.aliases), layout.activation
+        self.upcycling = asdict(how) | {"dense": self.reader.folder.resolve().name}
+        self._form = self._make_form(max_shard_bytes)
+
+    def close(self) -> None:
+        for donor in self.donors:
+            donor.close()
+        self.reader.close()
+
+    def form(self) -> dict[str, Any]:
+        return self._form
+
+    def _make_form(self, max_shard_bytes: int) -> dict[str, Any]:
+        shards: list[list[tuple[str, TensorSpec]]] = [[]]
+        held = 0
+        for name, spec in sorted(self.plan.tensors.items(), key=lambda item: natural(item[0])):
+            if held and held + spec.nbytes > max_shard_bytes:
+                shards.append([])
+                held = 0
+            shards[-1].append((name, spec))
+            held += spec.nbytes
+        files = {
+            file: {"tensors": [[n, s.dtype, list(s.shape)] for n, s in shard], "metadata": {"format": "pt"}}
+            for file, shard in zip(file_names(len(shards)), shards, strict=True)
+        }
+        total = sum(spec.nbytes for spec in self.plan.tensors.values())
+        return {
+            "layout": self.plan.layout.name,
+            "activation": self.activation,
+            "aliases": self.aliases,
+            "files": files,
+            "index": {"metadata": {"total_size": total}} if len(shards) > 1 else None,
+            "config": json.dumps(self.config, indent=2) + "\n",
+        }
+
+    # --- experts ---
+
+    def read(self, group: ExpertGroup, member: int, rows: slice) -> np.ndarray:
+        copy, view = self._copy_of(group, member), self._dense_view(group)
+        donor = self.donors[copy] if self.donors and group.layer in self.plan.chosen else None
+        if isinstance(donor, FineTune):
+            return self._scaled(group, donor.read(view, rows))
+        bits = self.ancestor(group, rows)
+        if isinstance(donor, Adapter) and (factors := self._factors(group, donor)):
+            left, right = (np.ascontiguousarray(f).view(np.uint32) for f in (factors[0][rows], factors[1]))
+            delta = RankCodec(right.shape[0], "F32").decode({"left": left, "right": right}, bits.shape, 0, rows.start)
+            return floats.synthesize(bits, delta, group.dtype)
+        return self._noisy(group, copy, bits, rows) if self.how.noise and group.layer in self.plan.chosen else bits
+
+    def ancestor(self, group: ExpertGroup, rows: slice) -> np.ndarray:
+        """Stored bits [rows, in] of the dense FFN, or of the slice of it that this group is."""
+        view = self._dense_view(group)
+        bits = read_view(self.reader, view.tensor, view.offset, (view.row_stride, view.column_stride), view.shape, rows)
+        return self._scaled(group, bits)
+
+    def _copy_of(self, group: ExpertGroup, member: int) -> int:
+        """Which of the dense FFN's copies an expert is (a slice of)."""
+        return int(group.members[member][0]) // self.how.split
+
+    def _slice(self, group: ExpertGroup) -> int:
+        return int(group.members[0][0]) % self.how.split
+
+    def _dense_view(self, group: ExpertGroup) -> MatrixView:
+        view = next(views for (_, layer), views in self.plan.dense.items() if layer == group.layer)[group.projection]
+        stride = view.column_stride if group.projection == "down" else view.row_stride
+        inner = group.shape[1 if group.projection == "down" else 0]
+        return replace(view, shape=group.shape, offset=view.offset + self._slice(group) * inner * stride)
+
+    def _scaled(self, group: ExpertGroup, bits: np.ndarray) -> np.ndarray:
+        if group.projection != "down" or self.how.split == 1:
+            return bits
+        return floats.narrow(floats.widen(bits, group.dtype) * np.float32(self.how.split), group.dtype)
+
+    def _noisy(self, group: ExpertGroup, copy: int, bits: np.ndarray, rows: slice) -> np.ndarray:
+        """The dense rows plus normal noise, `noise` times as large as the row's root mean square."""
+        weights = floats.widen(bits, group.dtype)
+        size = np.sqrt(np.mean(weights.astype(np.float64) ** 2, axis=1, keepdims=True)) * self.how.noise
+        key = make_key(self.seed, group.name, f"{NOISE_LABEL}/{copy}")
+        drawn = normal(key, rows.start * group.shape[1], weights.size).reshape(weights.shape)
+        return floats.narrow(weights + drawn * size.astype(np.float32), group.dtype)
+
+    # --- what is stored without encoding: the start of a training, and adapters ---
+
+    def codec_of(self, group: ExpertGroup) -> DeltaCodec | None:
+        if group.layer not in self.plan.chosen:
+            return NoneCodec()
+        if isinstance(self._start, (RankCodec, SparseCodec)):
+            return replace(self._start, dtype=group.dtype)
+        if self._as_adapters:
+            found = [self._factors(group, donor) for donor in self.donors]
+            ranks = [pair[1].shape[0] for pair in found if pair]
+            return RankCodec(max(ranks), "F32") if ranks else NoneCodec()
+        return None
+
+    def given(self, group: ExpertGroup, member: int, codec: DeltaCodec, key: int) -> Parts | None:
+        if group.layer not in self.plan.chosen or isinstance(codec, NoneCodec):
+            return None
+        if self._start is not None:
+            return codec.initial(group.shape, key)
+        if not self._as_adapters:
+            return None
+        left = np.zeros((group.shape[0], codec.rank), np.float32)  # adapters of a lower rank are filled up with zeros
+        right = np.zeros((codec.rank, group.shape[1]), np.float32)
+        if factors := self._factors(group, self.donors[self._copy_of(group, member)]):
+            rank = factors[1].shape[0]
+            left[:, :rank], right[:rank] = factors
+        return {"left": left.view(np.uint32), "right": right.view(np.uint32)}
+
+    def _factors(self, group: ExpertGroup, adapter: Adapter) -> tuple[np.ndarray, np.ndarray] | None:
+        """fp32 left [out, r], right [r, in] of an adapter's delta for one matrix, or for the slice of it that is wanted."""
+        factors = adapter.factors(self._dense_view(group).tensor)
+        if factors is None:
+            return None
+        first, m = self._slice(group), self.how.split
+        if group.projection == "down":
+            columns = slice(first * group.shape[1], (first + 1) * group.shape[1])
+            return factors.left * np.float32(m), np.ascontiguousarray(factors.right[:, columns])
+        return factors.left[first * group.shape[0] : (first + 1) * group.shape[0]], factors.right
+
+    # --- all other tensors ---
+
+    def chunks(self, name: str) -> Iterator[np.ndarray]:
+        spec = self.copied[name]
+        if name in self.plan.made:
+            yield self._made(name, spec).reshape(-1).view(np.uint8)
+        elif self.how.average and spec.dtype in FLOATS:
+            for pieces in zip(*(donor.reader.chunks(name) for donor in self.donors), strict=True):
+                yield mean([piece.view(STORAGE[spec.dtype]) for piece in pieces], spec.dtype).view(np.uint8)
+        else:
+            yield from self.reader.chunks(name)
+
+    def _made(self, name: str, spec: TensorSpec) -> np.ndarray:
+        """Stored bits of a tensor that the dense model does not have: a router, or zeros."""
+        if not name.endswith(f".{self.plan.pair.router}"):
+            return np.zeros(spec.shape, STORAGE[spec.dtype])
+        if self._fitted is not None:
+            rows = self._fitted[name.removesuffix(f".{self.plan.pair.router}")]
+        else:
+            rows = start_router(self.how.router, self.config, self.seed, name, self.how.experts, spec.shape[1])
+        return floats.narrow(np.repeat(rows, self.how.split, axis=0), spec.dtype)
+
+
+class AncestorBase(Base):
+    """The dense FFN that the experts were copied from; with `split`, the slice of it that a group is."""
+
+    def __init__(self, source: UpcycledSource):
+        self.label, self._source = f"dense:{source.reader.folder.resolve().name}", source
+
+    def rows(self, group: ExpertGroup, rows: slice, read: ReadExpert) -> np.ndarray:
+        return self._source.ancestor(group, rows)

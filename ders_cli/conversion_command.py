@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
-from .options import default_jobs, parse_bytes
+from .options import RunOptions
 from .report import human_bytes, print_table
 
 SCHEMA = 1
@@ -19,18 +19,11 @@ def convert_command(
     output: Path | None,
     fields: dict[str, Any],
     recipe_file: str | None,
-    jobs: int | None,
-    max_memory: str | None,
-    max_shard_size: str,
-    dry_run: bool,
-    overwrite: bool,
-    resume: bool,
-    quiet: bool,
-    as_json: bool,
+    run: RunOptions,
 ) -> None:
     """Plan and run one conversion. `fields`: the recipe's keys that flags gave; None means: not given."""
     from . import convert
-    from .output import Options, left_behind
+    from .output import left_behind
     from .recipe import load_recipe, make_recipe
     from .source import open_source
 
@@ -40,19 +33,12 @@ def convert_command(
     recipe = load_recipe(recipe_file, given) if recipe_file else make_recipe(given)
     name = Path(recipe_file).stem if recipe_file and "delta" not in given else recipe.delta
     out = (output or model.absolute().with_name(f"{model.absolute().name}-ders-{name.replace(':', 'of')}")).resolve()
-    options = Options(
-        jobs or default_jobs(),
-        parse_bytes(max_shard_size, "--max-shard-size"),
-        parse_bytes(max_memory, "--max-memory") if max_memory else None,
-        overwrite,
-        resume,
-        quiet,
-    )
+    options = run.options()
     with open_source(model, recipe.shared) as source:
         conversion = convert.prepare(source, recipe, out, options)
-        document: dict[str, Any] = {"schema": SCHEMA, "command": command, "output": str(out), "dry_run": dry_run}
+        document: dict[str, Any] = {"schema": SCHEMA, "command": command, "output": str(out), "dry_run": run.dry_run}
         document["plan"] = conversion.totals()
-        if not dry_run:
+        if not run.dry_run:
             manifest = convert.run(conversion)
             document |= {"recipe": manifest["recipe"], "bytes": manifest["bytes"], "errors": _worst_errors(manifest)}
             document["output_bytes"] = sum(path.stat().st_size for path in out.iterdir())
@@ -61,11 +47,11 @@ def convert_command(
                 print(f"ders: warning: {warning}", file=sys.stderr)
             if document["left_behind"]:
                 print(f"ders: note: not carried along: {', '.join(document['left_behind'])}", file=sys.stderr)
-    if as_json:
+    if run.as_json:
         print(json.dumps(document, indent=1))
-    elif dry_run:
+    elif run.dry_run:
         _print_plan(document)
-    elif not quiet:
+    elif not run.quiet:
         _print_summary(document)
     else:
         print(out)

@@ -55,21 +55,8 @@ def compress(
         "seed": seed,
         "shared": shared,
     }
-    convert_command(
-        "compress",
-        model,
-        output,
-        fields,
-        recipe,
-        jobs,
-        max_memory,
-        max_shard_size,
-        dry_run,
-        overwrite,
-        resume,
-        quiet,
-        as_json,
-    )
+    run = o.RunOptions(jobs, max_memory, max_shard_size, dry_run, overwrite, resume, quiet, as_json)
+    convert_command("compress", model, output, fields, recipe, run)
 
 
 COMMAND = compress

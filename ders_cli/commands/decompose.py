@@ -27,21 +27,8 @@ def decompose(
         ders decompose mixtral --base mistral-7b -o mixtral-exact
     """
     fields = {"delta": "exact", "base": base, "shared": shared}
-    convert_command(
-        "decompose",
-        model,
-        output,
-        fields,
-        None,
-        jobs,
-        max_memory,
-        max_shard_size,
-        dry_run,
-        overwrite,
-        resume,
-        quiet,
-        as_json,
-    )
+    run = o.RunOptions(jobs, max_memory, max_shard_size, dry_run, overwrite, resume, quiet, as_json)
+    convert_command("decompose", model, output, fields, None, run)
 
 
 COMMAND = decompose

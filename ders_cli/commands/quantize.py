@@ -34,21 +34,8 @@ def quantize(
         ders quantize mixtral --bits 1 --group-size 64 -o mixtral-1bit
     """
     fields = {"delta": f"int{bits}", "base": base, "group_size": group_size, "seed": seed, "shared": shared}
-    convert_command(
-        "quantize",
-        model,
-        output,
-        fields,
-        None,
-        jobs,
-        max_memory,
-        max_shard_size,
-        dry_run,
-        overwrite,
-        resume,
-        quiet,
-        as_json,
-    )
+    run = o.RunOptions(jobs, max_memory, max_shard_size, dry_run, overwrite, resume, quiet, as_json)
+    convert_command("quantize", model, output, fields, None, run)
 
 
 COMMAND = quantize

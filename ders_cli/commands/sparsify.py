@@ -43,21 +43,8 @@ def sparsify(
         ders sparsify mixtral --method 2:4
     """
     fields = {"delta": _delta(method, drop), "base": base, "seed": seed, "shared": shared}
-    convert_command(
-        "sparsify",
-        model,
-        output,
-        fields,
-        None,
-        jobs,
-        max_memory,
-        max_shard_size,
-        dry_run,
-        overwrite,
-        resume,
-        quiet,
-        as_json,
-    )
+    run = o.RunOptions(jobs, max_memory, max_shard_size, dry_run, overwrite, resume, quiet, as_json)
+    convert_command("sparsify", model, output, fields, None, run)
 
 
 def _delta(method: str, drop: float | None) -> str:

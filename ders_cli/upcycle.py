@@ -8,6 +8,9 @@ import numpy as np
 from . import convert
 from .checkpoint.tensor import FLOATS, STORAGE
 from .codecs import DeltaCodec
+from .codecs.none import NoneCodec
+from .codecs.rank import RankCodec
+from .codecs.sparse import SparseCodec
 from .donors import FineTune
 from .output import Options, refuse_occupied
 from .plain import write_plain
@@ -33,20 +36,22 @@ def write_full(source: UpcycledSource, out: Path, options: Options) -> dict[str,
     )
 
 
-def counts(source: UpcycledSource, codec_of: dict[str, DeltaCodec] | None) -> dict[str, int]:
-    """Parameters: `added` to the dense model's by deltas, routers and other new tensors, and `total`. None: full copies.
+def counts(source: UpcycledSource, codecs: dict[str, DeltaCodec] | None) -> dict[str, int | None]:
+    """Parameters of the `dense` model, and those `added`: deltas, routers and what else is new. `codecs` None: full copies.
 
-    DeRS-SM adds N (1 - p) F + router, DeRS-LM N r sum(d_in + d_out) L + router (arXiv 2503.01359, Tables 1 to 4).
+    DeRS-SM adds N (1 - p) F + router, DeRS-LM N r sum(d_in + d_out) L + router (arXiv 2503.01359, Tables 1 to 4). A coded
+    delta has no parameters to count: None.
     """
-    made = sum(spec.size for spec in source.plan.made.values())
     dense = sum(spec.size for spec in source.reader.tensors.values())
-    if codec_of is None:
-        return {"added": sum(spec.size for spec in source.plan.tensors.values()) - dense, "dense": dense}
+    if codecs is None:
+        return {"dense": dense, "added": sum(spec.size for spec in source.plan.tensors.values()) - dense}
+    if not all(isinstance(codec, (NoneCodec, RankCodec, SparseCodec)) for codec in codecs.values()):
+        return {"dense": dense, "added": None}
     deltas = sum(
-        len(group.members) * sum(spec.size for spec in codec_of[group.name].spec(group.shape).values() if spec)
+        len(group.members) * sum(spec.size for spec in codecs[group.name].spec(group.shape).values())
         for group in source.groups
     )
-    return {"added": deltas + made, "dense": dense}
+    return {"dense": dense, "added": deltas + sum(spec.size for spec in source.plan.made.values())}
 
 
 def left_out(source: UpcycledSource, quiet: bool) -> list[dict[str, Any]]:

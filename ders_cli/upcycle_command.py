@@ -71,6 +71,8 @@ def upcycle_command(
             document |= {"parameters": upcycle.counts(source, codecs), "plan": conversion.totals()}
             if not run.dry_run:
                 document["bytes"] = convert.run(conversion)["bytes"]
+        if not run.dry_run:
+            document["output_bytes"] = sum(path.stat().st_size for path in out.iterdir())
         document["router_agreement"] = agreement
         document["fine_tunes"] = upcycle.left_out(source, run.quiet)
     document["left_behind"] = left_behind(dense)
@@ -127,20 +129,18 @@ def _print(document: dict[str, Any], run: RunOptions) -> None:
         return
     plan, parameters = document["plan"], document["parameters"]
     print(f"would write {document['output']}" if run.dry_run else document["output"])
-    rows = [
-        [
-            "parameters",
-            f"{parameters['dense']:,}",
-            f"{parameters['added']:,}",
-            f"{parameters['added'] / parameters['dense']:.2%}",
-        ],
-        ["bytes", human_bytes(plan["source_bytes"]), "", human_bytes(plan["output_bytes"])],
-    ]
-    print_table(f"{document['model_type']}", ["", "dense", "added", "written"], rows)
+    written = human_bytes(document.get("output_bytes", plan["output_bytes"]))
+    bound = "" if plan["exact"] or not run.dry_run else "at most "
+    rows = [["bytes", human_bytes(plan["source_bytes"]), "", bound + written]]
+    if parameters["added"] is not None:
+        dense, added = parameters["dense"], parameters["added"]
+        rows.insert(0, ["parameters", f"{dense:,}", f"{added:,}", f"{dense + added:,}"])
+    print_table(document["model_type"], ["", "dense", "added", "MoE"], rows)
     for entry in document["fine_tunes"]:
-        print(
-            f"{entry['donor']}: {entry['tensors']} of {entry['of']} tensors outside the FFN differ from the dense model's "
-            f"(by {entry['relative']:.2e} of their size); an expert does not hold them"
-        )
+        differ = f"{entry['tensors']} of its {entry['of']} tensors outside the FFN differ from the dense model's"
+        size = f", by {entry['relative']:.2e} of their size; an expert does not hold them" if entry["tensors"] else ""
+        print(f"{entry['donor']}: {differ}{size}")
     if document["router_agreement"] is not None:
-        print(f"router: takes the prompts' own expert first for {document['router_agreement']:.1%} of their tokens")
+        print(
+            f"router: puts a prompt's own expert first for {document['router_agreement']:.1%} of its tokens, the prompt left out of the fit"
+        )

@@ -2,20 +2,27 @@
 
 Fine-grained split (DeepSeekMoE, arXiv 2401.06066; Dynamic-DINO, arXiv 2507.17436): expert e becomes the m experts e*m ... e*m+m-1,
 each with 1/m of the neurons. Router rows are repeated m times, so that the top k*m are the slices of the top k; the
-gates, which sum to 1, are then 1/m of what they were, and down_proj is multiplied by m.
+gates, which sum to 1, are then 1/m of what they were, and down_proj is multiplied by m. (A model that computes its router in
+bf16 finds two copies equally good for 1 to 5 of 1000 tokens, and may then take slices of both.)
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .architectures import ARCHITECTURES, Storage
+from .architectures import ARCHITECTURES, PROJECTIONS, Storage
+from .checkpoint.manifest import is_ders
 from .checkpoint.reader import CheckpointReader
 from .checkpoint.tensor import TensorSpec
-from .errors import UnsupportedError, UsageError
+from .errors import CheckpointError, UnsupportedError, UsageError
 from .layouts import ExpertGroup, Layout, MatrixView, find_dense_layers, find_layout
-from .pairs import Pair, find_pair, refuse_biases
+from .pairs import PAIRS, Pair, find_pair, refuse_biases, stated
 from .recipe import layer_test
+
+MOST_EXPERTS = 4096  # of a layer, slices counted
+
+Dense = dict[tuple[str, int], dict[str, MatrixView]]  # (stem, layer) -> FFN matrices of the dense model
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class Upcycling:
     layers: str = "all"
     split: int = 1
     router: str = "normal"
+    prompts: str | None = None  # SHA-256 of the prompts that the router is fitted to
     noise: float = 0.0  # standard deviation of what is added to each copy, in root mean squares of its row
     average: bool = False  # the other weights are the mean of the fine-tunes', not the dense model's
     donors: tuple[str, ...] = ()
@@ -40,6 +48,12 @@ class Upcycling:
         """Raise UsageError for settings that no model could have."""
         if not 1 <= self.top_k <= self.experts:
             raise UsageError(f"--top-k {self.top_k}: expected 1 ... {self.experts}, the number of experts")
+        if self.total > MOST_EXPERTS:
+            raise UsageError(
+                f"--experts {self.experts} --split {self.split}: {self.total} experts; expected at most {MOST_EXPERTS}"
+            )
+        if not 0 <= self.noise < math.inf:
+            raise UsageError(f"--noise {self.noise}: expected a number of 0 or more")
         if self.split > 1 and self.router == "zero":
             raise UsageError(
                 "--split with --router zero: all slices would tie, and the top ones be slices of no one expert"
@@ -48,10 +62,10 @@ class Upcycling:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """The stock MoE. `dense`: (stem, layer) -> FFN matrices of the dense model; `chosen`: layers whose experts may differ."""
+    """The stock MoE. `chosen`: layers whose experts may differ."""
 
     pair: Pair
-    dense: dict[tuple[str, int], dict[str, MatrixView]]
+    dense: Dense
     chosen: frozenset[int]
     tensors: dict[str, TensorSpec]  # all of the MoE
     copied: dict[str, TensorSpec]  # those that are no experts
@@ -63,16 +77,18 @@ class Blueprint:
 
 def draw_blueprint(reader: CheckpointReader, how: Upcycling) -> Blueprint:
     """Raises UnsupportedError for a model that has no such MoE, UsageError for settings that do not fit it."""
+    _refuse_moe(reader)
     pair = find_pair(reader.config)
-    refuse_biases(pair, reader.tensors)
     if reader.config.get("quantization_config"):
         raise UnsupportedError(f"{reader.folder}: is quantised; dequantise it to bf16 first")
+    stock = stated(pair, reader.config)
+    refuse_biases(pair, reader.tensors)
     dense = find_dense_layers(reader.tensors)
     inner = _inner_size(reader, dense, how.split)
     chosen = frozenset(layer for _, layer in dense if layer_test(how.layers)(layer))
     if not chosen:
         raise UsageError(f"--layers {how.layers}: names none of the layers 0 ... {max(layer for _, layer in dense)}")
-    config = _make_config(reader.config, pair, how, inner, [layer for _, layer in dense], chosen)
+    config = _make_config(stock, pair, how, inner, [layer for _, layer in dense], chosen)
     storage = next(row for row in ARCHITECTURES if pair.moe in row.model_types).storages[0]
     experts: dict[str, TensorSpec] = {}
     made: dict[str, TensorSpec] = {}
@@ -93,7 +109,30 @@ def draw_blueprint(reader: CheckpointReader, how: Upcycling) -> Blueprint:
     return Blueprint(pair, dense, chosen, experts | copied, copied, made, config, layout, groups)
 
 
-def _inner_size(reader: CheckpointReader, dense: dict[tuple[str, int], dict[str, MatrixView]], split: int) -> int:
+def _refuse_moe(reader: CheckpointReader) -> None:
+    name = reader.config.get("model_type")
+    if is_ders(reader.folder):
+        raise UnsupportedError(f"{reader.folder}: is a DeRS checkpoint, so a MoE already; expected a dense model")
+    if all(name != pair.dense for pair in PAIRS) and any(name in row.model_types for row in ARCHITECTURES):
+        raise UnsupportedError(f"{reader.folder}: model_type {name!r:.60} has experts already; expected a dense model")
+
+
+def _inner_size(reader: CheckpointReader, dense: Dense, split: int) -> int:
+    """Neurons of an expert. Raises CheckpointError for an FFN whose matrices do not fit each other."""
+    if not dense:
+        raise CheckpointError(f"{reader.folder}: has no layers, such as model.layers.0.mlp.up_proj.weight")
+    for views in dense.values():
+        if set(views) != set(PROJECTIONS):
+            raise UnsupportedError(f"{views['up'].tensor}: expected gate, up and down, found {' and '.join(views)}")
+        inner, hidden = views["up"].shape
+        specs = {projection: reader.tensors[view.tensor] for projection, view in views.items()}
+        for projection, view in views.items():
+            shape = (hidden, inner) if projection == "down" else (inner, hidden)
+            if view.shape != shape or specs[projection].dtype != specs["up"].dtype:
+                raise CheckpointError(
+                    f"{view.tensor}: expected {specs['up'].dtype} {list(shape)} beside {views['up'].tensor}, "
+                    f"found {specs[projection].dtype} {list(view.shape)}"
+                )
     sizes = {views["up"].shape[0] for views in dense.values()}
     if len(sizes) != 1:
         raise UnsupportedError(f"{reader.folder}: FFNs of {sorted(sizes)} neurons; a MoE has experts of one size")

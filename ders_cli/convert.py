@@ -32,6 +32,8 @@ from .recipe import Recipe
 from .report import Progress, human_bytes, shown
 from .source import DersSource, Source
 
+MARKED = (".safetensors", "config.json")  # ends of the names of what a conversion is made of
+
 
 @dataclass(frozen=True)
 class Conversion:
@@ -134,7 +136,7 @@ def fingerprint(source: Source, recipe: Recipe, options: Options) -> dict[str, s
     """What must be the same for a run to be continued."""
     stats = []
     for folder in source.folders:
-        files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+        files = sorted(path for path in folder.iterdir() if path.is_file() and path.name.endswith(MARKED))
         stats += [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     headers = [header.text for header in source.reader.headers.values()]
     return {

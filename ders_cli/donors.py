@@ -22,14 +22,15 @@ from .layouts import MatrixView
 
 ADAPTER = "adapter_config.json"
 LORA = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-# settings that change what an adapter computes, and the values with which it is plain LoRA
-PLAIN = {
-    "use_dora": False,
-    "use_qalora": False,
-    "lora_bias": False,
-    "bias": "none",
-    "peft_type": "LORA",
-    "modules_to_save": None,
+# settings that change what an adapter computes, and the values with which it is plain LoRA (peft 0.21's LoraConfig)
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    # others, such as pissa, olora, loftq, take a part of the weights out of the base first
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
+    **dict.fromkeys(("use_dora", "use_qalora", "lora_bias"), (None, False)),
+    **dict.fromkeys(("modules_to_save", "layer_replication", "alora_invocation_tokens"), (None, [])),
+    **dict.fromkeys(("arrow_config", "use_bdlora", "kasa_config", "monteclora_config"), (None,)),
 }
 
 
@@ -73,7 +74,7 @@ class Adapter:
         self.folder = folder
         config = read_json(folder / ADAPTER, "an adapter's settings")
         for key, plain in PLAIN.items():
-            if config.get(key, plain) not in (plain, [], None):
+            if config.get(key, plain[0]) not in plain:
                 raise UnsupportedError(
                     f"{folder / ADAPTER}: {key} is {config[key]!r:.40}; only plain LoRA is taken as an expert"
                 )
@@ -121,19 +122,23 @@ def _read_factors(folder: Path, config: dict[str, Any], matrices: dict[str, Matr
             raise CheckpointError(
                 f"{folder}: {tensor}: expected factors [{shape[0]}, r] and [r, {shape[1]}], found {sizes}"
             )
-        factors[tensor] = Factors(b * np.float32(_scale(config, tensor.removesuffix(".weight"), a.shape[0], folder)), a)
+        with np.errstate(over="ignore", invalid="ignore"):
+            left = b * np.float32(_scale(config, tensor.removesuffix(".weight"), a.shape[0], folder))
+        if not (np.isfinite(left).all() and np.isfinite(a).all()):
+            raise CheckpointError(f"{folder}: {tensor}: a factor times its scale is not finite")
+        factors[tensor] = Factors(left, a)
     if not factors:
         raise CheckpointError(f"{folder}: has no LoRA factors")
     return factors
 
 
 def _scale(config: dict[str, Any], module: str, rank: int, folder: Path) -> float:
-    """alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732); patterns name modules by the end of their path."""
-    alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            alpha = value
-            break
+    """alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732); patterns match the end of a module's path, as in peft."""
+    alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
+    try:
+        alpha = next((value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), alpha)
+    except (AttributeError, re.error) as error:
+        raise CheckpointError(f"{folder / ADAPTER}: alpha_pattern: expected names and numbers ({error})") from None
     if type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise CheckpointError(f"{folder / ADAPTER}: lora_alpha: expected a number, found {alpha!r:.40}")
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank

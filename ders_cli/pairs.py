@@ -2,11 +2,12 @@
 
 The rule behind every row: copy the dense config.json verbatim, override the row's keys, copy all other tensors by name.
 (Defaults differ between twins: mixtral's rms_norm_eps is 1e-5 where llama's is 1e-6. A config made anew is wrong by 3 %
-of the logits, which nobody sees.) Each row was checked by logits against transformers 5.23 (tests/test_upcycle.py).
+of the logits, which nobody sees.) What a config.json leaves to the dense class's defaults is written out where the
+MoE's class has another. Each row was checked by logits against transformers 5.23 (tests/test_upcycle.py).
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,9 @@ class Pair:
     dense_layers: str | None = None  # the key that lists layers without experts; None: the class has no such layers
     last_layer: str | None = None  # the key that says the last layer with experts
     biases: str | None = None  # pattern of the biases that the MoE has a place for too
+    # the dense class's defaults where the MoE's class has others; a function makes one of the config
+    defaults: Mapping[str, Any | Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
+    unlike: Mapping[str, str] = field(default_factory=dict)  # settings that must not be on, and why
 
 
 SHARED = tuple(
@@ -43,6 +47,23 @@ HUNYUAN_SHARED = tuple(
 NORM = {"norm_topk_prob": True}  # without it the chosen gates do not sum to 1, and the logits are off by 0.3 and more
 QWEN = NORM | {"decoder_sparse_step": 1, "mlp_only_layers": []}
 
+
+def _lfm2_layers(config: Mapping[str, Any]) -> list[str]:
+    """Lfm2Config's layer_types where config.json has none: from full_attn_idxs, which lfm2_moe does not know."""
+    full, count = config.get("full_attn_idxs"), config.get("num_hidden_layers", 32)
+    if not isinstance(full, list | None) or type(count) is not int:
+        raise UnsupportedError("config.json: layer_types: missing, and no list in full_attn_idxs to make it of")
+    return ["full_attention" if full is None or n in full else "conv" for n in range(count)]
+
+
+def _head_dim(config: Mapping[str, Any]) -> int | None:
+    """What classes without a head_dim of their own take: hidden_size by heads."""
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    return hidden // heads if type(hidden) is int and type(heads) is int and heads > 0 else None
+
+
+LLAMA = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+
 PAIRS: tuple[Pair, ...] = (
     Pair(
         "llama",
@@ -53,6 +74,7 @@ PAIRS: tuple[Pair, ...] = (
         "num_experts_per_tok",
         "intermediate_size",
         {"sliding_window": None},
+        defaults=LLAMA | {"num_key_value_heads": None, "max_position_embeddings": 2048},
     ),
     Pair(
         "mistral",
@@ -62,6 +84,7 @@ PAIRS: tuple[Pair, ...] = (
         ("num_local_experts",),
         "num_experts_per_tok",
         "intermediate_size",
+        defaults=LLAMA | {"sliding_window": 4096},
     ),
     Pair(
         "qwen2",
@@ -73,6 +96,7 @@ PAIRS: tuple[Pair, ...] = (
         "moe_intermediate_size",
         QWEN | {"shared_expert_intermediate_size": 0},
         (*SHARED, SHARED_GATE),
+        defaults={"num_key_value_heads": 32},
         dense_layers="mlp_only_layers",
         biases=r"self_attn\.[qkv]_proj\.bias",
     ),
@@ -85,6 +109,8 @@ PAIRS: tuple[Pair, ...] = (
         "num_experts_per_tok",
         "moe_intermediate_size",
         QWEN,
+        defaults={"head_dim": 128, "num_key_value_heads": 32},
+        unlike={"use_sliding_window": "qwen3_moe has the window in every layer, qwen3 in some"},
         dense_layers="mlp_only_layers",
         biases=r"self_attn\.[qkvo]_proj\.bias",
     ),
@@ -97,6 +123,8 @@ PAIRS: tuple[Pair, ...] = (
         "num_experts_per_tok",
         "intermediate_size",
         NORM,
+        defaults={"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 2048}
+        | {"eos_token_id": 50279, "pad_token_id": 1},
         biases=r"self_attn\.[qkvo]_proj\.bias",
     ),
     Pair(
@@ -119,6 +147,7 @@ PAIRS: tuple[Pair, ...] = (
         "moe_intermediate_size",
         {"moe_num_shared_experts": 0, "moe_layer_start_index": 0, "moe_layer_interval": 1},
         (("mlp.moe_statics.e_score_correction_bias", (1, "E")),),
+        defaults={"num_key_value_heads": 2, "head_dim": 128},
         last_layer="moe_layer_end_index",
     ),
     Pair(
@@ -141,6 +170,7 @@ PAIRS: tuple[Pair, ...] = (
         "num_experts_per_tok",
         "intermediate_size",
         NORM,
+        defaults={"head_dim": _head_dim},
     ),
     Pair(
         "lfm2",
@@ -152,6 +182,7 @@ PAIRS: tuple[Pair, ...] = (
         "moe_intermediate_size",
         NORM | {"num_dense_layers": 0, "routed_scaling_factor": 1.0},
         (("feed_forward.expert_bias", ("E",)),),
+        defaults={"layer_types": _lfm2_layers},
         biases=r"conv\..*bias",
     ),
     Pair(
@@ -164,9 +195,11 @@ PAIRS: tuple[Pair, ...] = (
         "moe_intermediate_size",
         {"shared_expert_intermediate_size": 0},
         (*SHARED, SHARED_GATE),
+        defaults={"num_key_value_heads": 4},
     ),
 )
 
+ROPE = ("rope_parameters", "rope_scaling")  # where a config may keep rope_theta, too
 NO_TWIN = "transformers has no MoE class that computes what this model computes"
 REFUSED = {
     "olmo": "olmoe normalises queries and keys, olmo does not",
@@ -186,17 +219,39 @@ REFUSED = {
 def find_pair(config: Mapping[str, Any]) -> Pair:
     """The row of a dense config.json. Raises UnsupportedError with the reason if there is none."""
     name = config.get("model_type")
-    for pair in PAIRS:
-        if pair.dense == name:
-            return pair
-    why = (
-        REFUSED.get(name, "no row of ders_cli/pairs.py says which MoE it becomes")
-        if isinstance(name, str)
-        else "not a name"
-    )
+    if not isinstance(name, str):
+        raise UnsupportedError(f"config.json: model_type: expected the name of a dense model, found {name!r:.60}")
+    if pair := next((pair for pair in PAIRS if pair.dense == name), None):
+        return pair
+    why = REFUSED.get(name, "no row of ders_cli/pairs.py says which MoE it becomes")
     raise UnsupportedError(
         f"config.json: model_type {name!r:.60} cannot be upcycled: {why}; it can be done for {', '.join(p.dense for p in PAIRS)}"
     )
+
+
+def stated(pair: Pair, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The dense config with what it leaves to defaults written out, where these differ.
+
+    Raises UnsupportedError for a model that the MoE's class would not compute.
+    """
+    heads = config.get("architectures")
+    if isinstance(heads, list) and heads and not any(str(name).endswith("ForCausalLM") for name in heads):
+        raise UnsupportedError(
+            f"config.json: architectures: {heads[0]!r:.60} is no language model; only ...ForCausalLM is upcycled"
+        )
+    for key, why in pair.unlike.items():
+        if config.get(key):
+            raise UnsupportedError(f"config.json: {key} is on: {why}, so the MoE would not compute the same")
+    given = set(config)
+    if any(isinstance(rope := config.get(key), dict) and "rope_theta" in rope for key in ROPE):
+        given.add("rope_theta")
+    made = {
+        key: value(config) if callable(value) else value for key, value in pair.defaults.items() if key not in given
+    }
+    found = made | dict(config)
+    if found.get("num_key_value_heads", 1) is None:  # as many as heads, which not every MoE class takes
+        found["num_key_value_heads"] = found.get("num_attention_heads")
+    return found
 
 
 def refuse_biases(pair: Pair, tensors: Mapping[str, Any]) -> None:

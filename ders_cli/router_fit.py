@@ -3,10 +3,11 @@
 The dense model reads every prompt once; what enters the FFN of a layer is what the layer's router will see. Per layer
 with states X [tokens, hidden] and targets Y [tokens, experts], SHARPNESS for the own expert and 0 for the others,
 
-    W = X' (X X' + ridge I)^-1 Y        (as MixER's least squares, with a ridge and every expert weighing the same)
+    W = (X' X + ridge I)^-1 X' Y        (as MixER's least squares, with a ridge and every expert weighing the same)
 
 Least squares is weak as a classifier, so its agreement is reported from prompts that were left out, which has a closed
-form too: residuals of a left-out block B are (I - H_BB)^-1 (Y_B - H_B Y), H the hat matrix.
+form too: residuals of a left-out block B are (I - H_BB)^-1 (Y_B - X_B W), H = X (X' X + ridge I)^-1 X' the hat matrix.
+Memory: the states of all layers, fp32, and [hidden, hidden] in fp64.
 """
 
 from pathlib import Path
@@ -15,11 +16,12 @@ import numpy as np
 import yaml
 
 from .checkpoint.reader import CheckpointReader
-from .errors import DersError, UsageError
+from .errors import CheckpointError, DersError, UsageError
 from .layouts import find_dense_layers
 from .recipe import MAX_RECIPE_BYTES
 
 SHARPNESS = 4.0  # the own expert's logit above the others': a gate of 0.95 among four
+UNLOADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)  # what transformers raises for a bad folder
 RIDGE = 1e-2  # in mean squared lengths of a state
 
 
@@ -38,18 +40,23 @@ def fit_routers(dense: Path, prompts: Path, experts: int) -> tuple[dict[str, np.
 
 def fit(states: np.ndarray, owners: np.ndarray, blocks: np.ndarray, experts: int) -> tuple[np.ndarray, float]:
     """states fp32 [tokens, hidden], the expert and the prompt of each token -> rows fp32 [experts, hidden], agreement."""
-    weight = np.sqrt(1 / np.bincount(owners, minlength=experts))[owners][:, None]
+    weight = np.sqrt(1 / np.bincount(owners, minlength=experts)[owners])[:, None]
     x = states.astype(np.float64) * weight
     y = SHARPNESS * np.eye(experts)[owners] * weight
-    kernel = x @ x.T  # [tokens, tokens]
-    inverse = np.linalg.inv(kernel + RIDGE * np.trace(kernel) / len(x) * np.eye(len(x)))
-    hat = kernel @ inverse
-    residual, right = y - hat @ y, 0
+    inverse = np.linalg.inv(x.T @ x + ridge(x) * np.eye(x.shape[1]))
+    solution = inverse @ (x.T @ y)  # [hidden, experts]
+    right = 0
     for block in np.unique(blocks):
-        own = blocks == block
-        left_out = y[own] - np.linalg.solve(np.eye(own.sum()) - hat[np.ix_(own, own)], residual[own])
-        right += int((left_out.argmax(axis=1) == owners[own]).sum())
-    return (x.T @ (inverse @ y)).T.astype(np.float32), right / len(owners)
+        own, expert = x[blocks == block], owners[blocks == block][0]
+        residual = y[blocks == block] - own @ solution
+        left_out = y[blocks == block] - np.linalg.solve(np.eye(len(own)) - own @ inverse @ own.T, residual)
+        right += int((left_out.argmax(axis=1) == expert).sum())
+    return solution.T.astype(np.float32), right / len(owners)
+
+
+def ridge(x: np.ndarray) -> float:
+    """RIDGE in mean squared lengths of the rows, fp64 [tokens, hidden]; above 0 even for states of 0."""
+    return RIDGE * float(np.mean(np.sum(x**2, axis=1))) or RIDGE
 
 
 def _read_prompts(path: Path, experts: int) -> list[list[str]]:
@@ -84,11 +91,14 @@ def _hidden_states(dense: Path, texts: list[list[str]]) -> tuple[dict[str, np.nd
         }
     try:
         tokenizer = AutoTokenizer.from_pretrained(dense)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{dense}: has no tokenizer, which --router with prompts needs ({str(error).splitlines()[0]:.120})"
+    except UNLOADABLE as error:
+        raise UsageError(f"{dense}: has no tokenizer, which --router with prompts needs ({_line(error)})") from None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
+    except UNLOADABLE as error:
+        raise CheckpointError(
+            f"{dense}: transformers does not load it, as --router with prompts needs ({_line(error)})"
         ) from None
-    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
     states: dict[str, list[np.ndarray]] = {layer: [] for layer in places}
 
     def keep(layer: str):
@@ -100,9 +110,15 @@ def _hidden_states(dense: Path, texts: list[list[str]]) -> tuple[dict[str, np.nd
     for expert, of_expert in enumerate(texts):
         for text in of_expert:
             tokens = tokenizer(text, return_tensors="pt")["input_ids"]
+            if not tokens.numel():
+                raise UsageError(f"--router: prompt {text!r:.60} has no tokens")
             with torch.no_grad():
                 model(tokens)
             owners += [expert] * tokens.shape[1]
             blocks += [blocks[-1] + 1 if blocks else 0] * tokens.shape[1]
     joined = {layer: np.concatenate(parts) for layer, parts in states.items()}
     return joined, np.array(owners), np.array(blocks)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.120}"

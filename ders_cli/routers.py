@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from ders_kernels.counter_rng import draw, make_key
 
+from .errors import CheckpointError
+
 INITIAL_STD = 0.02  # transformers' initializer_range where a config has none
 
 
@@ -19,6 +21,8 @@ def start_router(kind: str, config: dict[str, Any], seed: int, name: str, expert
     if kind == "zero":
         return np.zeros((experts, hidden), np.float32)
     std = config.get("initializer_range", INITIAL_STD)
+    if type(std) not in (int, float) or not 0 <= std < 1e6:
+        raise CheckpointError(f"config.json: initializer_range: expected a number of 0 or more, found {std!r:.40}")
     return normal(make_key(seed, name, "router"), 0, experts * hidden).reshape(experts, hidden) * np.float32(std)
 
 

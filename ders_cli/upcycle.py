@@ -1,9 +1,11 @@
 """Dense -> MoE: as base and deltas to be trained, as base and coded deltas of fine-tunes, or as a stock MoE in full."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ders_kernels.cpu_ops import floats
 
 from . import convert
 from .checkpoint.tensor import FLOATS, STORAGE
@@ -13,8 +15,8 @@ from .codecs.rank import RankCodec
 from .codecs.sparse import SparseCodec
 from .donors import FineTune
 from .output import Options, refuse_occupied
-from .plain import write_plain
-from .recipe import Recipe
+from .plain import planned_plain, write_plain
+from .recipe import Recipe, make_recipe
 from .report import shown
 from .upcycled import AncestorBase, UpcycledSource
 
@@ -23,17 +25,21 @@ def prepare_deltas(
     source: UpcycledSource, delta: str, group_size: int, out: Path, options: Options
 ) -> convert.Conversion:
     """The conversion that writes base and deltas."""
-    recipe = Recipe(delta=delta, group_size=group_size, seed=source.seed)
-    recipe.check()
+    recipe = make_recipe({"delta": delta, "group_size": group_size, "seed": source.seed})
     return convert.prepare(source, recipe, out, options, AncestorBase(source))
 
 
-def write_full(source: UpcycledSource, out: Path, options: Options) -> dict[str, Any]:
-    """Write N copies of everything: a stock MoE. Returns the bytes."""
+def prepare_full(source: UpcycledSource, out: Path, options: Options) -> dict[str, Any]:
+    """Refuse what can be refused; the bytes of N copies of everything."""
+    make_recipe({"delta": "none", "seed": source.seed})
     refuse_occupied(out, options, *source.folders)
-    return write_plain(
-        source, out, options, convert.fingerprint(source, Recipe(delta="none"), options), f"writing {out.name}"
-    )
+    return planned_plain(source)
+
+
+def write_full(source: UpcycledSource, out: Path, options: Options) -> None:
+    """Write N copies of everything: a stock MoE. `prepare_full` comes first."""
+    mark = convert.fingerprint(source, Recipe(delta="none", seed=source.seed), options)
+    write_plain(source, out, options, mark, f"writing {out.name}")
 
 
 def counts(source: UpcycledSource, codecs: dict[str, DeltaCodec] | None) -> dict[str, int | None]:
@@ -57,7 +63,8 @@ def counts(source: UpcycledSource, codecs: dict[str, DeltaCodec] | None) -> dict
 def left_out(source: UpcycledSource, quiet: bool) -> list[dict[str, Any]]:
     """What each fine-tune's other weights differ in from the dense model's: an expert holds its FFN alone.
 
-    Per donor: `tensors` that differ, out of `of`, and `relative`, the Frobenius norm of the difference by that of the weights.
+    Per donor: `tensors` that differ, out of `of`, and `relative`, the Frobenius norm of the difference by that of the weights
+    (None where one of them is not finite).
     """
     names = [name for name in source.copied if name in source.reader.tensors]
     fine_tunes = [donor for donor in source.donors if isinstance(donor, FineTune)]
@@ -70,23 +77,21 @@ def left_out(source: UpcycledSource, quiet: bool) -> list[dict[str, Any]]:
                 for mine, theirs in zip(source.reader.chunks(name), donor.reader.chunks(name), strict=True):
                     progress.advance(mine.nbytes)
                     if dtype in FLOATS:
-                        a, b = (_values(chunk, dtype) for chunk in (mine, theirs))
-                        error, size = error + float(np.sum((a - b) ** 2)), size + float(np.sum(a**2))
+                        a, b = (
+                            floats.widen(chunk.view(STORAGE[dtype]), dtype).astype(np.float64)
+                            for chunk in (mine, theirs)
+                        )
+                        with np.errstate(invalid="ignore", over="ignore"):
+                            error, size = error + float(np.sum((a - b) ** 2)), size + float(np.sum(a**2))
                     same &= np.array_equal(mine, theirs)
                 differing += not same
-            relative = (error / size) ** 0.5 if size else 0.0
+            relative = float(f"{(error / size) ** 0.5:.3e}") if size and math.isfinite(error) else None
             found.append(
                 {
                     "donor": str(donor.folder),
                     "tensors": differing,
                     "of": len(names),
-                    "relative": float(f"{relative:.3e}"),
+                    "relative": relative,
                 }
             )
     return found
-
-
-def _values(chunk: np.ndarray, dtype: str) -> np.ndarray:
-    from ders_kernels.cpu_ops import floats
-
-    return floats.widen(chunk.view(STORAGE[dtype]), dtype).astype(np.float64)

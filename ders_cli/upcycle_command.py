@@ -1,5 +1,6 @@
 """`ders upcycle` from parsed options to a printed report."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -36,7 +37,6 @@ def upcycle_command(
     from .codecs import parse_codec
     from .donors import is_adapter
     from .output import left_behind
-    from .plain import planned_plain
     from .upcycled import UpcycledSource
 
     term = _form(rank, sparse, full, delta, donors)
@@ -49,38 +49,43 @@ def upcycle_command(
     if average and (not donors or any(is_adapter(path) for path in donors)):
         raise UsageError("--average-others goes with fine-tunes as --expert-from: nothing else has other weights")
     count = experts or len(donors) or 4
-    how = Upcycling(
-        count, top_k or min(2, count), layers, split, _router_name(router), noise, average, tuple(map(str, donors))
-    )
-    how.check()
-    fitted, agreement = _fit(dense, router, how) if how.router == "prompts" else (None, None)
+    kind, prompts = _router(router)
+    names = tuple(path.resolve().name for path in donors)
+    how = Upcycling(count, top_k or min(2, count), layers, split, kind, prompts, noise, average, names)
     start = parse_codec(term, group_size or 128) if rank or sparse is not None else None
     name = f"{dense.absolute().name}-moe{count}-{term.replace(':', 'of')}"
     out = (output or dense.absolute().with_name(name)).resolve()
     options = run.options()
-    with UpcycledSource(dense, how, donors, seed, options.max_shard_bytes, start, adapters, fitted) as source:
+    with UpcycledSource(dense, how, donors, seed, options.max_shard_bytes, start, adapters) as source:
         document: dict[str, Any] = {"schema": SCHEMA, "command": "upcycle", "output": str(out), "dry_run": run.dry_run}
         document["model_type"] = source.config["model_type"]
         if full:
-            document |= {"parameters": upcycle.counts(source, None), "plan": planned_plain(source)}
-            if not run.dry_run:
-                upcycle.write_full(source, out, options)
+            conversion = None
+            document["plan"] = upcycle.prepare_full(source, out, options)
+            document["parameters"] = upcycle.counts(source, None)
         else:
             conversion = upcycle.prepare_deltas(source, "none" if adapters else term, group_size or 128, out, options)
+            document["plan"] = conversion.totals()
             codecs = {unit.group.name: unit.codec for unit in conversion.plan.units}
-            document |= {"parameters": upcycle.counts(source, codecs), "plan": conversion.totals()}
-            if not run.dry_run:
-                document["bytes"] = convert.run(conversion)["bytes"]
+            document["parameters"] = upcycle.counts(source, codecs)
+        document["fine_tunes"], document["averaged"] = upcycle.left_out(source, run.quiet), average
+        document["router_agreement"] = None
         if not run.dry_run:
+            if prompts:
+                source.fitted, document["router_agreement"] = _fit(dense, router, how.experts)
+            if conversion:
+                document["bytes"] = convert.run(conversion)["bytes"]
+            else:
+                upcycle.write_full(source, out, options)
             document["output_bytes"] = sum(path.stat().st_size for path in out.iterdir())
-        document["router_agreement"] = agreement
-        document["fine_tunes"] = upcycle.left_out(source, run.quiet)
     document["left_behind"] = left_behind(dense)
     _print(document, run)
 
 
 def _form(rank: int | None, sparse: float | None, full: bool, delta: str | None, donors: list[Path]) -> str | None:
     """The codec term of the form that was asked for; None: --full, or what suits the donors."""
+    from .codecs.sparse import SparseCodec
+
     asked = {
         "--rank": rank is not None,
         "--sparse": sparse is not None,
@@ -93,6 +98,8 @@ def _form(rank: int | None, sparse: float | None, full: bool, delta: str | None,
         raise UsageError(
             "--expert-from brings its own deltas: expected --delta (such as exact or rank16) or --full with it"
         )
+    if delta == "":
+        raise UsageError("--delta: expected a codec such as int4, found an empty text")
     if delta is not None and not donors:
         raise UsageError(
             "--delta says how the deltas of --expert-from are stored; without it expected --rank, --sparse or --full"
@@ -101,21 +108,23 @@ def _form(rank: int | None, sparse: float | None, full: bool, delta: str | None,
         raise UsageError("expected --rank R, --sparse P or --full: what each expert has of its own")
     if rank is not None:
         return f"rank{rank}"
-    return f"sparse{sparse:.10f}".rstrip("0") if sparse is not None else delta
+    return SparseCodec(sparse).term if sparse is not None else delta
 
 
-def _router_name(router: str) -> str:
+def _router(router: str) -> tuple[str, str | None]:
+    """normal, zero or prompts; and of these the SHA-256."""
     if router in ("normal", "zero"):
-        return router
+        return router, None
     if not Path(router).is_file():
         raise UsageError(f"--router {router}: expected normal, zero or a YAML file with prompts; no such file")
-    return "prompts"
+    with Path(router).open("rb") as file:
+        return "prompts", hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fit(dense: Path, router: str, how: Any) -> Any:
+def _fit(dense: Path, router: str, experts: int) -> Any:
     from .router_fit import fit_routers
 
-    return fit_routers(dense, Path(router), how.experts)
+    return fit_routers(dense, Path(router), experts)
 
 
 def _print(document: dict[str, Any], run: RunOptions) -> None:
@@ -138,8 +147,9 @@ def _print(document: dict[str, Any], run: RunOptions) -> None:
     print_table(document["model_type"], ["", "dense", "added", "MoE"], rows)
     for entry in document["fine_tunes"]:
         differ = f"{entry['tensors']} of its {entry['of']} tensors outside the FFN differ from the dense model's"
-        size = f", by {entry['relative']:.2e} of their size; an expert does not hold them" if entry["tensors"] else ""
-        print(f"{entry['donor']}: {differ}{size}")
+        size = f", by {entry['relative']:.2e} of their size" if entry["relative"] else ""
+        fate = "the MoE has the fine-tunes' mean" if document["averaged"] else "an expert does not hold them"
+        print(f"{entry['donor']}: {differ}{size}{f'; {fate}' if entry['tensors'] else ''}")
     if document["router_agreement"] is not None:
         print(
             f"router: puts a prompt's own expert first for {document['router_agreement']:.1%} of its tokens, the prompt left out of the fit"

@@ -25,17 +25,20 @@ from .codecs.none import NoneCodec
 from .codecs.rank import RankCodec
 from .codecs.sparse import SparseCodec
 from .donors import Adapter, FineTune, open_donor
+from .errors import CheckpointError
 from .layouts import ExpertGroup, MatrixView
 from .plan import natural
 from .routers import normal, start_router
 from .source import Source
 
 NOISE_LABEL = "noise"
+EXPONENTS = {"BF16": np.uint16(0x7F80), "F16": np.uint16(0x7C00), "F32": np.uint32(0x7F800000)}  # all set: not finite
 
 
 class UpcycledSource(Source):
     """What the experts are stored as: `start`, a codec's initial parts, to be trained; `as_adapters`, the donors' own
-    factors; or neither: their deltas are encoded. `fitted`: router rows fp32 [experts, hidden] by layer ("model.layers.3").
+    factors; or neither: their deltas are encoded. `fitted`, if it is set before anything is written: router rows fp32
+    [experts, hidden] by layer ("model.layers.3").
 
     Raises what is wrong with the model, the donors or the settings, from headers alone.
     """
@@ -51,10 +54,10 @@ class UpcycledSource(Source):
         max_shard_bytes: int,
         start: DeltaCodec | None = None,
         as_adapters: bool = False,
-        fitted: dict[str, np.ndarray] | None = None,
     ):
         self.how, self.seed, self.donors = how, seed, []
-        self._start, self._as_adapters, self._fitted = start, as_adapters, fitted
+        self.fitted: dict[str, np.ndarray] | None = None
+        self._start, self._as_adapters = start, as_adapters
         self.reader = CheckpointReader(folder)
         try:
             how.check()
@@ -111,16 +114,16 @@ class UpcycledSource(Source):
             return self._scaled(group, donor.read(view, rows))
         bits = self.ancestor(group, rows)
         if isinstance(donor, Adapter) and (factors := self._factors(group, donor)):
-            left, right = (np.ascontiguousarray(f).view(np.uint32) for f in (factors[0][rows], factors[1]))
-            delta = RankCodec(right.shape[0], "F32").decode({"left": left, "right": right}, bits.shape, 0, rows.start)
-            return floats.synthesize(bits, delta, group.dtype)
+            merged = floats.synthesize(bits, _product(factors[0][rows], factors[1], rows.start), group.dtype)
+            return _finite(merged, group, rows, f"{donor.folder}: {view.tensor} with this adapter")
         return self._noisy(group, copy, bits, rows) if self.how.noise and group.layer in self.plan.chosen else bits
 
     def ancestor(self, group: ExpertGroup, rows: slice) -> np.ndarray:
-        """Stored bits [rows, in] of the dense FFN, or of the slice of it that this group is."""
+        """Stored bits [rows, in] of the dense FFN, or of the slice of it that this group is. Raises CheckpointError at a NaN."""
         view = self._dense_view(group)
         bits = read_view(self.reader, view.tensor, view.offset, (view.row_stride, view.column_stride), view.shape, rows)
-        return self._scaled(group, bits)
+        scale = f", times --split {self.how.split}" if self.how.split > 1 and group.projection == "down" else ""
+        return _finite(self._scaled(group, bits), group, rows, f"{self.reader.folder}: {view.tensor}{scale}")
 
     def _copy_of(self, group: ExpertGroup, member: int) -> int:
         """Which of the dense FFN's copies an expert is (a slice of)."""
@@ -168,11 +171,19 @@ class UpcycledSource(Source):
             return codec.initial(group.shape, key)
         if not self._as_adapters:
             return None
-        left = np.zeros((group.shape[0], codec.rank), np.float32)  # adapters of a lower rank are filled up with zeros
-        right = np.zeros((codec.rank, group.shape[1]), np.float32)
+        most = min(codec.rank, *group.shape)
+        left = np.zeros((group.shape[0], most), np.float32)  # adapters of a lower rank are filled up with zeros
+        right = np.zeros((most, group.shape[1]), np.float32)
         if factors := self._factors(group, self.donors[self._copy_of(group, member)]):
             rank = factors[1].shape[0]
-            left[:, :rank], right[:rank] = factors
+            if rank <= most:
+                left[:, :rank], right[:rank] = factors
+            elif group.shape[0] == most:  # more rank than the matrix has: the delta itself, times the identity
+                np.fill_diagonal(left, 1)
+                right[:] = _product(*factors, 0)
+            else:
+                left[:] = _product(*factors, 0)
+                np.fill_diagonal(right, 1)
         return {"left": left.view(np.uint32), "right": right.view(np.uint32)}
 
     def _factors(self, group: ExpertGroup, adapter: Adapter) -> tuple[np.ndarray, np.ndarray] | None:
@@ -202,11 +213,27 @@ class UpcycledSource(Source):
         """Stored bits of a tensor that the dense model does not have: a router, or zeros."""
         if not name.endswith(f".{self.plan.pair.router}"):
             return np.zeros(spec.shape, STORAGE[spec.dtype])
-        if self._fitted is not None:
-            rows = self._fitted[name.removesuffix(f".{self.plan.pair.router}")]
+        if self.fitted is not None:
+            rows = self.fitted[name.removesuffix(f".{self.plan.pair.router}")]
         else:
             rows = start_router(self.how.router, self.config, self.seed, name, self.how.experts, spec.shape[1])
         return floats.narrow(np.repeat(rows, self.how.split, axis=0), spec.dtype)
+
+
+def _finite(bits: np.ndarray, group: ExpertGroup, rows: slice, what: str) -> np.ndarray:
+    """The bits as they are. Raises CheckpointError if one of them is a NaN or an infinity."""
+    exponent = EXPONENTS[group.dtype]
+    if (bad := (bits & exponent) == exponent).any():
+        row, column = (int(n) for n in np.argwhere(bad)[0])
+        value = floats.widen(bits[row, column : column + 1], group.dtype)[0]
+        raise CheckpointError(f"{what}: expected finite {group.dtype}, found {value} at [{rows.start + row}, {column}]")
+    return bits
+
+
+def _product(left: np.ndarray, right: np.ndarray, row: int) -> np.ndarray:
+    """fp32 left [rows, r] @ right [r, in], summed as the codec `rank` sums it."""
+    parts = {"left": np.ascontiguousarray(left).view(np.uint32), "right": np.ascontiguousarray(right).view(np.uint32)}
+    return RankCodec(right.shape[0], "F32").decode(parts, (left.shape[0], right.shape[1]), 0, row)
 
 
 class AncestorBase(Base):

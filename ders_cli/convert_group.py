@@ -47,7 +47,7 @@ def convert_group(
         base = _base_rows(source, base_of, group, rows, read)
         writer.write(f"{group.name}.base", rows.start * base[:1].nbytes, base)
         for i in range(experts):
-            parts = source.given(group, i, codec, keys[i])
+            parts, coded = source.given(group, i, codec, keys[i]), None
             if parts is None:
                 expert = read(i, rows)
                 try:
@@ -55,7 +55,7 @@ def convert_group(
                 except NonFiniteError as error:
                     raise _name_nonfinite(error, group, rows, read) from None
             else:
-                expert = codec.decode_expert(parts, base, group.dtype, keys[i], rows.start)
+                expert = coded = codec.decode_expert(parts, base, group.dtype, keys[i], rows.start)
             came[i].update(expert.reshape(-1).view(np.uint8))
             if stream is not None:
                 chunk = parts.pop("stream")
@@ -66,7 +66,8 @@ def convert_group(
                 stream.write(chunk)
             else:
                 _write_parts(writer, unit, i, rows, parts)
-                coded = codec.decode_expert(parts, base, group.dtype, keys[i], rows.start)
+                if coded is None:
+                    coded = codec.decode_expert(parts, base, group.dtype, keys[i], rows.start)
                 restored[i].update(coded.reshape(-1).view(np.uint8))
                 _add_differences(group, expert, coded, base, totals[i], worst[i : i + 1])
             progress.advance(expert.nbytes)

@@ -66,8 +66,7 @@ class RankCodec(DeltaCodec):
         """Summed over the rank in order, in fp32: the same bits whatever the block, which BLAS does not promise."""
         left, right = floats.widen(parts["left"], self.dtype), floats.widen(parts["right"], self.dtype)
         out = np.zeros(shape, np.float32)
-        for r in range(left.shape[1]):
-            out += left[:, r, None] * right[r]
+        lowrank.add_products(left, right, out)
         return out
 
 

@@ -68,13 +68,20 @@ def routing(batch: int, top_k: int, experts: int) -> tuple[torch.Tensor, torch.T
 def measure(calls: dict[str, Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], object]], draws: list) -> dict:
     """{name: (wall ms, CPU ms)}: medians over draws (layer, x, index, weights), each given to every call in turn."""
     times = defaultdict(list)
-    for draw in draws:
-        for name, call in calls.items():
+    for layer, *given in draws:
+        for turn, (name, call) in enumerate(calls.items()):
             wall, cpu = time.perf_counter(), time.process_time()
-            call(*draw)
+            call(layer + turn, *given)  # layers in turn, so that no call finds what the one before it has read
             times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    half = len(draws) // 2  # the first half warms up: synthesises, packs
-    return {n: tuple(statistics.median(v) * 1e3 for v in zip(*t[half:], strict=True)) for n, t in times.items()}
+    return {n: tuple(statistics.median(v) * 1e3 for v in zip(*t, strict=True)) for n, t in times.items()}
+
+
+def warm_up(layer: DersExperts, experts: int) -> None:
+    """Every expert once, both ways: codes are widened and, if the cache has room, weights synthesised."""
+    every = torch.randn(experts, HIDDEN).bfloat16(), torch.arange(experts)[:, None], torch.ones(experts, 1)
+    for way in ("apart", "whole") if layer.cache_bytes else ("apart",):
+        layer.way = way
+        layer(*every)
 
 
 def bytes_read(layer: DersExperts, batch: int, top_k: int, active: float, way: str) -> float:
@@ -97,25 +104,29 @@ def compare(experts: int, top_k: int, delta: str, batches: list[int], layers: in
 
     def run_stock(kind: str) -> Callable:
         def call(layer, x, index, weights):
-            stock[layer].config._experts_implementation = kind
-            stock[layer](x, index, weights)
+            module = stock[layer % layers]
+            module.config._experts_implementation = kind
+            module(x, index, weights)
 
         return call
 
     def run_packed(way: str) -> Callable:
         def call(layer, x, index, weights):
-            packed[layer].way = way
-            packed[layer](x, index, weights)
+            module = packed[layer % layers]
+            module.way = way
+            module(x, index, weights)
 
         return call
 
     for cache in (2 * whole, 0):
         packed[0].cache_bytes = cache
+        for layer in packed:
+            warm_up(layer, experts)
         for batch in batches:
             draws = []
-            for i in range(2 * rounds * layers):
+            for i in range(rounds * layers):
                 x = torch.randn(batch, HIDDEN).bfloat16()
-                draws.append((i % layers, x, *routing(batch, top_k, experts)))
+                draws.append((i, x, *routing(batch, top_k, experts)))
             kinds = [k for k in STOCK if k != "batched_mm" or batch * top_k <= BATCHED_PAIRS]
             calls = {k: run_stock(k) for k in kinds}
             calls |= {way: run_packed(way) for way in (("auto", "apart", "whole") if ways else ("auto",))}

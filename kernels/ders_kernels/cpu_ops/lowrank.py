@@ -7,6 +7,7 @@ that on one machine they do not depend on the thread count.
 """
 
 import numpy as np
+from numba import njit
 
 from ..counter_rng import draw
 
@@ -25,3 +26,14 @@ def factors(delta: np.ndarray, rank: int, key: int) -> tuple[np.ndarray, np.ndar
     u, s, vt = np.linalg.svd(basis.T @ delta, full_matrices=False)
     root = np.sqrt(s[:rank])
     return (basis @ u[:, :rank]) * root, root[:, None] * vt[:rank]
+
+
+@njit(nogil=True, cache=True)
+def add_products(left, right, out):
+    """fp32 left [rows, r], right [r, in]: out [rows, in] += left[:, t] * right[t], t = 0, 1, ..., each rounded to fp32."""
+    for row in range(out.shape[0]):
+        line = out[row]
+        for t in range(left.shape[1]):
+            factor, other = left[row, t], right[t]
+            for column in range(line.size):
+                line[column] += factor * other[column]

@@ -16,7 +16,7 @@ from .checkpoint.manifest import is_ders
 from .checkpoint.reader import CheckpointReader
 from .checkpoint.tensor import TensorSpec
 from .errors import CheckpointError, UnsupportedError, UsageError
-from .layouts import ExpertGroup, Layout, MatrixView, find_dense_layers, find_layout
+from .layouts import PER_LAYER, ExpertGroup, Layout, MatrixView, find_dense_layers, find_layout
 from .pairs import PAIRS, Pair, find_pair, refuse_biases, stated
 from .recipe import layer_test
 
@@ -38,11 +38,23 @@ class Upcycling:
     noise: float = 0.0  # standard deviation of what is added to each copy, in root mean squares of its row
     average: bool = False  # the other weights are the mean of the fine-tunes', not the dense model's
     donors: tuple[str, ...] = ()
+    per_layer: tuple[
+        int, ...
+    ] = ()  # experts by parts of the depth, as MoLA (arXiv 2402.08562) has 2-4-6-8; `experts` is the most
 
     @property
     def total(self) -> int:
-        """Experts that the router sees in a layer."""
+        """Experts that the router sees in a layer, at most."""
         return self.experts * self.split
+
+    def totals(self, layers: int) -> list[int]:
+        """Experts that the router sees in each layer. Parts of the depth are contiguous, the later ones the longer."""
+        parts = self.per_layer or (self.experts,)
+        if len(parts) > layers:
+            raise UsageError(f"--experts-per-layer: {len(parts)} numbers for {layers} layers")
+        short, longer = divmod(layers, len(parts))
+        lengths = [short] * (len(parts) - longer) + [short + 1] * longer
+        return [count * self.split for count, length in zip(parts, lengths, strict=True) for _ in range(length)]
 
     def check(self) -> None:
         """Raise UsageError for settings that no model could have."""
@@ -93,14 +105,15 @@ def draw_blueprint(reader: CheckpointReader, how: Upcycling) -> Blueprint:
     experts: dict[str, TensorSpec] = {}
     made: dict[str, TensorSpec] = {}
     taken: set[str] = set()
-    for (stem, layer), views in dense.items():
+    totals = how.totals(len(dense))
+    for ((stem, layer), views), total in zip(dense.items(), totals, strict=True):
         if pair.dense_layers and layer not in chosen:
             continue
         where, dtype, hidden = f"{stem}.{layer}", reader.tensors[views["up"].tensor].dtype, views["up"].shape[1]
         taken |= {view.tensor for view in views.values()}
-        experts |= _expert_tensors(where, storage, how.total, hidden, inner, dtype)
-        made[f"{where}.{pair.router}"] = TensorSpec((how.total, hidden), dtype)
-        sizes = {"E": how.total, "H": hidden, "I": inner}
+        experts |= _expert_tensors(where, storage, total, hidden, inner, dtype)
+        made[f"{where}.{pair.router}"] = TensorSpec((total, hidden), dtype)
+        sizes = {"E": total, "H": hidden, "I": inner}
         for name, shape in pair.zeros:
             made[f"{where}.{name}"] = TensorSpec(tuple(sizes.get(n, n) for n in shape), dtype)
     copied = {name: spec for name, spec in reader.tensors.items() if name not in taken} | made
@@ -147,6 +160,8 @@ def _make_config(
 ) -> dict[str, Any]:
     config = dense | {"model_type": pair.moe, "architectures": [pair.architecture]} | dict(pair.settings)
     config |= dict.fromkeys(pair.experts, how.total) | {pair.top_k: how.top_k * how.split, pair.inner: inner}
+    if how.per_layer:
+        config[PER_LAYER] = how.totals(len(layers))
     if pair.last_layer:
         config[pair.last_layer] = max(layers)
     if pair.dense_layers:

@@ -26,6 +26,9 @@ PER_EXPERT = re.compile(r"((?:.+\.)?experts\.\{\})\.(gate_proj|up_proj|down_proj
 PACKED = {".weight_packed": ".weight", ".qweight": ".weight", "_blocks": ""}
 # a text decoder by its several names; a stem that isn't here (mtp.layers) has no counterpart under another name
 DECODERS = ("model.layers", "model.language_model.layers", "language_model.model.layers", "backbone.layers")
+PER_LAYER = (
+    "experts_per_layer"  # key of config.json: experts of each layer, where `ders upcycle` gave them different numbers
+)
 SUBCONFIGS = ("text_config", "llm_config", "language_config", "thinker_config", "talker_config")
 
 
@@ -317,7 +320,7 @@ def _group_layer(
 def _counts(row: Architecture, config: Mapping[str, Any]) -> dict[int, str]:
     """{number of experts: the config's key that says so}; a list has one for each MoE layer."""
     counts = {}
-    for key in row.counts:
+    for key in (PER_LAYER, *row.counts):
         for value in _values(config, key):
             for count in value if isinstance(value, list) else [value]:
                 if isinstance(count, int) and count > 0:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ def upcycle_command(
     dense: Path,
     output: Path | None,
     experts: int | None,
+    per_layer: str | None,
     rank: int | None,
     sparse: float | None,
     full: bool,
@@ -48,12 +50,13 @@ def upcycle_command(
         raise UsageError("--noise goes with --full, without --expert-from: deltas that are trained start at 0")
     if average and (not donors or any(is_adapter(path) for path in donors)):
         raise UsageError("--average-others goes with fine-tunes as --expert-from: nothing else has other weights")
-    count = experts or len(donors) or 4
     kind, prompts = _router(router)
+    parts = _parts(per_layer, full, donors, experts, prompts)
+    count = experts or len(donors) or max(parts, default=4)
     names = tuple(path.resolve().name for path in donors)
-    how = Upcycling(count, top_k or min(2, count), layers, split, kind, prompts, noise, average, names)
+    how = Upcycling(count, top_k or min(2, count), layers, split, kind, prompts, noise, average, names, parts)
     start = parse_codec(term, group_size or 128) if rank or sparse is not None else None
-    name = f"{dense.absolute().name}-moe{count}-{term.replace(':', 'of')}"
+    name = f"{dense.absolute().name}-moe{per_layer or count}-{term.replace(':', 'of')}"
     out = (output or dense.absolute().with_name(name)).resolve()
     options = run.options()
     with UpcycledSource(dense, how, donors, seed, options.max_shard_bytes, start, adapters) as source:
@@ -109,6 +112,23 @@ def _form(rank: int | None, sparse: float | None, full: bool, delta: str | None,
     if rank is not None:
         return f"rank{rank}"
     return SparseCodec(sparse).term if sparse is not None else delta
+
+
+def _parts(
+    per_layer: str | None, full: bool, donors: list[Path], experts: int | None, prompts: str | None
+) -> tuple[int, ...]:
+    """--experts-per-layer as numbers."""
+    if per_layer is None:
+        return ()
+    others = {"--experts": experts, "--full": full, "--expert-from": donors, "--router with prompts": prompts}
+    if other := next((name for name, given in others.items() if given), None):
+        why = "no stock class has layers with different numbers" if other == "--full" else "it says how many by itself"
+        raise UsageError(f"--experts-per-layer and {other}: expected one of them; {why}")
+    if not re.fullmatch(r"[1-9][0-9]{0,3}(-[1-9][0-9]{0,3})+", per_layer):
+        raise UsageError(
+            f"--experts-per-layer {per_layer!r:.60}: expected numbers for parts of the depth, such as 2-4-6-8"
+        )
+    return tuple(int(part) for part in per_layer.split("-"))
 
 
 def _router(router: str) -> tuple[str, str | None]:

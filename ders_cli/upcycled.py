@@ -216,7 +216,9 @@ class UpcycledSource(Source):
         if self.fitted is not None:
             rows = self.fitted[name.removesuffix(f".{self.plan.pair.router}")]
         else:
-            rows = start_router(self.how.router, self.config, self.seed, name, self.how.experts, spec.shape[1])
+            rows = start_router(
+                self.how.router, self.config, self.seed, name, spec.shape[0] // self.how.split, spec.shape[1]
+            )
         return floats.narrow(np.repeat(rows, self.how.split, axis=0), spec.dtype)
 
 

@@ -170,6 +170,7 @@ def test_upcycling_is_kept(dense, tmp_path) -> None:
         "noise": 0.0,
         "average": False,
         "donors": [],
+        "per_layer": [],
         "dense": "dense",
     }
     assert kept["recipe"]["delta"] == "sparse0.5" and kept["recipe"]["base"] == "dense:dense"

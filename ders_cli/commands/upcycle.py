@@ -16,6 +16,9 @@ def upcycle(
     experts: Annotated[
         int | None, typer.Option("--experts", help="Experts of a layer. Default: 4.", min=1, max=4096)
     ] = None,
+    experts_per_layer: Annotated[
+        str | None, typer.Option("--experts-per-layer", help="Experts by parts of the depth, such as 2-4-6-8.")
+    ] = None,
     rank: Annotated[
         int | None, typer.Option("--rank", help="To be trained: low-rank deltas of this rank (DeRS-LM).", min=1)
     ] = None,
@@ -80,6 +83,7 @@ def upcycle(
         dense,
         output,
         experts,
+        experts_per_layer,
         rank,
         sparse,
         full,

@@ -24,11 +24,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..checkpoint.manifest import FORMAT, MANIFEST
 from ..codecs import DeltaCodec
 from ..errors import CheckpointError, UnsupportedError, UsageError
-from ..layouts import ExpertGroup
+from ..layouts import PER_LAYER, ExpertGroup
 from ..runtime.dtypes import TORCH
 from ..runtime.group import runtime_groups, split_name
 from ..runtime.projection import DersProjection
 from ..source import DersSource
+from .blocks import fit_block
 from .dequantize import Taken, put_back, take_out
 from .experts import HfExperts
 from .save import save_pretrained
@@ -79,6 +80,10 @@ class DersQuantizer(HfQuantizer):
         with DersSource(self._folder) as source:
             modules = _expert_modules(model, source)
             if self.quantization_config.dequantize:
+                if hasattr(model.config, PER_LAYER):
+                    raise UnsupportedError(
+                        f"{self._folder}: has layers with different numbers of experts, which no stock class has"
+                    )
                 self._taken: Taken = take_out(model, {path: module for path, (_, module) in modules.items()}, source)
             else:
                 self.packed = _pack(model, source, modules)
@@ -170,6 +175,14 @@ def _pack(model: PreTrainedModel, source: DersSource, modules: dict[str, tuple[s
     for path, (name, stock) in modules.items():
         if not is_common(stock):
             raise UnsupportedError(f"{path}: {type(stock).__name__} does not run packed: {OTHERWISE}")
+        if hasattr(model.config, PER_LAYER):
+            fit_block(
+                model,
+                source,
+                path,
+                name,
+                sum(group.projection == "up" for group in by_path[path] for _ in group.members),
+            )
         check_shapes(path, stock, by_path[path])
         wanted = model.config.dtype  # fp32 is asked for to train: then bf16 factors beside an fp32 base are widened too
         as_stored = wanted != torch.float32 and all(TORCH[group.dtype] == wanted for group in own[path])

@@ -22,9 +22,13 @@ from .upcycled import AncestorBase, UpcycledSource
 
 
 def prepare_deltas(
-    source: UpcycledSource, delta: str, group_size: int, out: Path, options: Options
+    source: UpcycledSource, delta: str | None, group_size: int, out: Path, options: Options
 ) -> convert.Conversion:
-    """The conversion that writes base and deltas."""
+    """The conversion that writes base and deltas; `delta` None: the adapters' own factors, of their largest rank."""
+    if delta is None:
+        codecs = [source.codec_of(group) for group in source.groups]
+        ranks = [codec.rank for codec in codecs if isinstance(codec, RankCodec)]
+        delta = f"rank{max(ranks)}" if ranks else "none"
     recipe = make_recipe({"delta": delta, "group_size": group_size, "seed": source.seed})
     return convert.prepare(source, recipe, out, options, AncestorBase(source))
 

@@ -67,7 +67,7 @@ def upcycle_command(
             document["plan"] = upcycle.prepare_full(source, out, options)
             document["parameters"] = upcycle.counts(source, None)
         else:
-            conversion = upcycle.prepare_deltas(source, "none" if adapters else term, group_size or 128, out, options)
+            conversion = upcycle.prepare_deltas(source, None if adapters else term, group_size or 128, out, options)
             document["plan"] = conversion.totals()
             codecs = {unit.group.name: unit.codec for unit in conversion.plan.units}
             document["parameters"] = upcycle.counts(source, codecs)

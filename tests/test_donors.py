@@ -236,12 +236,13 @@ def adapter(
     rank: int | dict[str, int] = 4,
     modules: tuple[str, ...] = ("gate", "up", "down"),
     dtype: torch.dtype = torch.float32,
+    layers: tuple[int, ...] = (0, 1),
     **config: object,
 ) -> Path:
-    """A PEFT folder by hand, layers 0 and 1. `rank`: one, or one for each projection."""
+    """A PEFT folder by hand. `rank`: one, or one for each projection."""
     folder.mkdir()
     random, tensors = torch.Generator().manual_seed(seed), {}
-    for layer in range(2):
+    for layer in layers:
         for p in modules:
             out, in_ = (HIDDEN, INNER) if p == "down" else (INNER, HIDDEN)
             r = rank if isinstance(rank, int) else rank[p]
@@ -307,6 +308,15 @@ def test_adapters_of_several_ranks(dense, tmp_path, m) -> None:
     ranks = {name.rpartition(".")[2]: codec["rank"] for name, codec in codecs(tmp_path / "moe").items()}
     assert ranks == {"gate_proj": 2, "up_proj": 7, "down_proj": 7}
     assert {codec["dtype"] for codec in codecs(tmp_path / "moe").values()} == {"F32"}
+    recipe = json.loads((tmp_path / "moe" / "ders.json").read_text())["recipe"]
+    assert (recipe["delta"], recipe["base"]) == ("rank7", "dense:dense")
+
+
+def test_layers_without_the_adapter(dense, tmp_path) -> None:
+    """An adapter on layers that get no experts leaves nothing to store."""
+    folders = [adapter(tmp_path / "a", 1, layers=(1,))]
+    made(tmp_path / "moe", dense, folders, "--layers", "0")
+    assert {codec["codec"] for codec in codecs(tmp_path / "moe").values()} == {"none"}
 
 
 def test_more_rank_than_the_matrix_has(dense, tmp_path) -> None:

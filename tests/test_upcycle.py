@@ -8,6 +8,7 @@ import torch
 from command import contents, ders, done
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import ders_cli.hf  # noqa: F401
 from ders_cli.pairs import PAIRS, REFUSED, find_pair, stated
 
 SIZES = dict(
@@ -102,8 +103,8 @@ def logits(model) -> torch.Tensor:
         return model(torch.randint(3, 128, (2, 24))).logits
 
 
-def load_stock(folder: Path):
-    """By transformers alone, with nothing missing and nothing left over."""
+def load_quietly(folder: Path):
+    """With nothing missing and nothing left over."""
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     return model.eval()
@@ -111,7 +112,7 @@ def load_stock(folder: Path):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_logits_are_the_dense_models(dense, form, tmp_path):
-    """To 1e-5 in fp32 at the start, loaded by stock transformers; DeRS forms by way of restore."""
+    """To 1e-5 in fp32 at the start, loaded by stock transformers; DeRS forms packed, and by way of restore."""
     name, model, folder = dense
     expected = logits(model)
     scale = min(1, expected.abs().max())
@@ -125,7 +126,8 @@ def test_logits_are_the_dense_models(dense, form, tmp_path):
         full = tuple(option for option in FORMS[form] if option in ("--split", 2))
         done("upcycle", folder, *full, "--full", "--experts", 3, "-o", tmp_path / "full", "-q")
         assert contents(plain) == contents(tmp_path / "full")
-    assert (logits(load_stock(plain)) - expected).abs().max() < TOLERANCE[name] * scale
+        assert (logits(load_quietly(tmp_path / "moe")) - expected).abs().max() < TOLERANCE[name] * scale
+    assert (logits(load_quietly(plain)) - expected).abs().max() < TOLERANCE[name] * scale
 
 
 # --- settings that change the model's own numbers ---
@@ -145,7 +147,7 @@ EXTREMES = {
 def test_extremes(name, extreme, tmp_path) -> None:
     expected = logits(make_dense(name, tmp_path / "dense"))
     done("upcycle", tmp_path / "dense", "--full", *EXTREMES[extreme], "-o", tmp_path / "moe", "-q")
-    difference = logits(load_stock(tmp_path / "moe")) - expected
+    difference = logits(load_quietly(tmp_path / "moe")) - expected
     assert difference.abs().max() < TOLERANCE[name] * min(1, expected.abs().max())
 
 
@@ -154,12 +156,12 @@ def test_bf16(name, tmp_path) -> None:
     """A single expert's gate is 1, so the logits are equal, bit for bit. Of two, where the class keeps gates in fp32; classes
     that round each gate to bf16 have a sum of up to 2^-8 off, which two layers bring to 1 % of the largest logit here."""
     make_dense(name, tmp_path / "dense", torch.bfloat16)
-    expected = logits(load_stock(tmp_path / "dense"))  # not the model that was saved: its rope is bf16 too
+    expected = logits(load_quietly(tmp_path / "dense"))  # not the model that was saved: its rope is bf16 too
     done("upcycle", tmp_path / "dense", "--rank", 2, "--experts", 3, "--top-k", 1, "-o", tmp_path / "one", "-q")
     done("restore", tmp_path / "one", "-o", tmp_path / "plain", "-q")
-    assert torch.equal(logits(load_stock(tmp_path / "plain")), expected)
+    assert torch.equal(logits(load_quietly(tmp_path / "plain")), expected)
     done("upcycle", tmp_path / "dense", "--full", "--experts", 3, "-o", tmp_path / "two", "-q")
-    difference = (logits(load_stock(tmp_path / "two")) - expected).float().abs().max()
+    difference = (logits(load_quietly(tmp_path / "two")) - expected).float().abs().max()
     exact = DENSE[name][0] in ("llama", "mistral", "hunyuan_v1_dense")
     assert difference == 0 if exact else difference < 0.02 * expected.abs().max()
 
@@ -167,9 +169,9 @@ def test_bf16(name, tmp_path) -> None:
 def test_bf16_split_by_three(tmp_path) -> None:
     """3 * down is rounded to bf16, and three slices are summed: 2^-8 of an FFN's output, twice."""
     make_dense("llama", tmp_path / "dense", torch.bfloat16)
-    expected = logits(load_stock(tmp_path / "dense"))
+    expected = logits(load_quietly(tmp_path / "dense"))
     done("upcycle", tmp_path / "dense", "--full", "--experts", 2, "--split", 3, "-o", tmp_path / "moe", "-q")
-    assert (logits(load_stock(tmp_path / "moe")) - expected).abs().max() < 0.02 * expected.abs().max()
+    assert (logits(load_quietly(tmp_path / "moe")) - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 # --- traps ---
@@ -209,7 +211,7 @@ def test_what_a_row_sets_is_needed(name, tmp_path) -> None:
     full(tmp_path / "dense", tmp_path / "moe")
     edit(tmp_path / "moe", **NEEDED[name])
     scale = min(1, expected.abs().max())
-    assert (logits(load_stock(tmp_path / "moe")) - expected).abs().max() > 100 * TOLERANCE[name] * scale
+    assert (logits(load_quietly(tmp_path / "moe")) - expected).abs().max() > 100 * TOLERANCE[name] * scale
 
 
 SIZE_KEYS = {
@@ -266,9 +268,9 @@ def test_config_that_leaves_keys_out(case, tmp_path) -> None:
     settings, without, config = LEFT_OUT[case]
     make_dense(name, tmp_path / "dense", **settings)
     edit(tmp_path / "dense", *without, **config)
-    expected = logits(load_stock(tmp_path / "dense"))
+    expected = logits(load_quietly(tmp_path / "dense"))
     full(tmp_path / "dense", tmp_path / "moe")
-    assert (logits(load_stock(tmp_path / "moe")) - expected).abs().max() < TOLERANCE[name]
+    assert (logits(load_quietly(tmp_path / "moe")) - expected).abs().max() < TOLERANCE[name]
 
 
 BIASED = {
@@ -283,7 +285,7 @@ BIASED = {
 def test_biases_with_a_place(name, tmp_path) -> None:
     expected = logits(make_dense(name, tmp_path / "dense", **{BIASED.get(name, "conv_bias"): True}))
     full(tmp_path / "dense", tmp_path / "moe")
-    assert (logits(load_stock(tmp_path / "moe")) - expected).abs().max() < TOLERANCE[name]
+    assert (logits(load_quietly(tmp_path / "moe")) - expected).abs().max() < TOLERANCE[name]
 
 
 @pytest.mark.parametrize(
@@ -311,7 +313,7 @@ def test_windows_in_some_layers(tmp_path) -> None:
     assert ran.code == 4 and "use_sliding_window" in ran.err
     expected = logits(make_dense("qwen2", tmp_path / "qwen2", **window))
     full(tmp_path / "qwen2", tmp_path / "moe")
-    assert (logits(load_stock(tmp_path / "moe")) - expected).abs().max() < TOLERANCE["qwen2"]
+    assert (logits(load_quietly(tmp_path / "moe")) - expected).abs().max() < TOLERANCE["qwen2"]
 
 
 LOCAL, GLOBAL = "num_local_experts", "num_experts"

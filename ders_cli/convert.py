@@ -112,7 +112,12 @@ def run(conversion: Conversion) -> dict[str, Any]:
     """Write OUT; returns ders.json's content. On any error OUT does not come to be."""
     source, plan, options = conversion.source, conversion.plan, conversion.options
     check_space(conversion.out, conversion.totals()["output_bytes"] - plan.stream_bound)
-    folder = begin(conversion.out, options, fingerprint(source, conversion.recipe, options))
+    codecs = json.dumps([unit.codec.config for unit in plan.units])  # a source may have a say in them
+    folder = begin(
+        conversion.out,
+        options,
+        fingerprint(source, conversion.recipe, options) | {"form": hashlib.sha256(codecs.encode()).hexdigest()},
+    )
     total = plan.expert_bytes + sum(spec.nbytes for spec in source.copied.values())
     with shown(f"writing {conversion.out.name}", total, options.quiet) as progress:
         results = [_shard(conversion, shard, folder, progress) for shard in plan.shards]

@@ -7,6 +7,7 @@ is taken as one, exactly: `left` = scale * B, `right` = A.
 
 import math
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,7 @@ def _scale(config: dict[str, Any], module: str, rank: int, folder: Path) -> floa
         alpha = next((value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), alpha)
     except (AttributeError, re.error) as error:
         raise CheckpointError(f"{folder / ADAPTER}: alpha_pattern: expected names and numbers ({error})") from None
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if type(alpha) not in (int, float) or not abs(alpha) <= sys.float_info.max:
         raise CheckpointError(f"{folder / ADAPTER}: lora_alpha: expected a number, found {alpha!r:.40}")
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 

@@ -64,7 +64,7 @@ class Recipe(BaseModel):
         for rule in self.rules:
             parse_codec(rule.delta, rule.group_size or self.group_size)
             layer_test(str(rule.layers))
-        if self.base.startswith("expert:") and not self.base[7:].isdigit():
+        if self.base.startswith("expert:") and not self.base[7:].isdecimal():
             raise UsageError(f"base {self.base!r}: expected expert:N with a number, such as expert:0")
 
 
@@ -77,7 +77,7 @@ def layer_test(text: str) -> Callable[[int], bool]:
     chosen: set[int] = set()
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
-        if not first.isdigit() or not (last or first).isdigit() or int(last or first) > 10_000:
+        if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) > 10_000:
             raise UsageError(f"layers {text!r}: expected all, even, odd or numbers and ranges such as 0-3,31")
         chosen |= set(range(int(first), int(last or first) + 1))
     return chosen.__contains__

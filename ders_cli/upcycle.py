@@ -70,7 +70,7 @@ def left_out(source: UpcycledSource, quiet: bool) -> list[dict[str, Any]]:
     Per donor: `tensors` that differ, out of `of`, and `relative`, the Frobenius norm of the difference by that of the weights
     (None where one of them is not finite).
     """
-    names = [name for name in source.copied if name in source.reader.tensors]
+    names = source.others
     fine_tunes = [donor for donor in source.donors if isinstance(donor, FineTune)]
     total, found = sum(source.copied[name].nbytes for name in names) * len(fine_tunes), []
     with shown("comparing the fine-tunes' other weights", total, quiet) as progress:

@@ -55,7 +55,7 @@ def upcycle_command(
     count = experts or len(donors) or max(parts, default=4)
     names = tuple(path.resolve().name for path in donors)
     how = Upcycling(count, top_k or min(2, count), layers, split, kind, prompts, noise, average, names, parts)
-    start = parse_codec(term, group_size or 128) if rank or sparse is not None else None
+    start = parse_codec(term, 128) if rank or sparse is not None else None
     name = f"{dense.absolute().name}-moe{per_layer or count}-{term.replace(':', 'of')}"
     out = (output or dense.absolute().with_name(name)).resolve()
     options = run.options()
@@ -67,7 +67,9 @@ def upcycle_command(
             document["plan"] = upcycle.prepare_full(source, out, options)
             document["parameters"] = upcycle.counts(source, None)
         else:
-            conversion = upcycle.prepare_deltas(source, None if adapters else term, group_size or 128, out, options)
+            conversion = upcycle.prepare_deltas(
+                source, None if adapters else term, 128 if group_size is None else group_size, out, options
+            )
             document["plan"] = conversion.totals()
             codecs = {unit.group.name: unit.codec for unit in conversion.plan.units}
             document["parameters"] = upcycle.counts(source, codecs)

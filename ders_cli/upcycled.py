@@ -70,6 +70,9 @@ class UpcycledSource(Source):
         layout = self.plan.layout
         self.folders = [self.reader.folder, *(donor.folder for donor in self.donors)]
         self.config, self.groups, self.copied = self.plan.config, self.plan.groups, self.plan.copied
+        self.others = [
+            name for name in self.copied if name in self.reader.tensors and name not in matrices
+        ]  # outside FFNs
         self.guards, self.aliases, self.activation = layout.guards, dict(layout.aliases), layout.activation
         self.upcycling = asdict(how) | {"dense": self.reader.folder.resolve().name}
         self._form = self._make_form(max_shard_bytes)
@@ -115,7 +118,7 @@ class UpcycledSource(Source):
         bits = self.ancestor(group, rows)
         if isinstance(donor, Adapter) and (factors := self._factors(group, donor)):
             merged = floats.synthesize(bits, _product(factors[0][rows], factors[1], rows.start), group.dtype)
-            return _finite(merged, group, rows, f"{donor.folder}: {view.tensor} with this adapter")
+            return _finite(merged, group.dtype, rows.start, f"{donor.folder}: {view.tensor} with this adapter")
         return self._noisy(group, copy, bits, rows) if self.how.noise and group.layer in self.plan.chosen else bits
 
     def ancestor(self, group: ExpertGroup, rows: slice) -> np.ndarray:
@@ -123,7 +126,9 @@ class UpcycledSource(Source):
         view = self._dense_view(group)
         bits = read_view(self.reader, view.tensor, view.offset, (view.row_stride, view.column_stride), view.shape, rows)
         scale = f", times --split {self.how.split}" if self.how.split > 1 and group.projection == "down" else ""
-        return _finite(self._scaled(group, bits), group, rows, f"{self.reader.folder}: {view.tensor}{scale}")
+        return _finite(
+            self._scaled(group, bits), group.dtype, rows.start, f"{self.reader.folder}: {view.tensor}{scale}"
+        )
 
     def _copy_of(self, group: ExpertGroup, member: int) -> int:
         """Which of the dense FFN's copies an expert is (a slice of)."""
@@ -203,7 +208,7 @@ class UpcycledSource(Source):
         spec = self.copied[name]
         if name in self.plan.made:
             yield self._made(name, spec).reshape(-1).view(np.uint8)
-        elif self.how.average and spec.dtype in FLOATS:
+        elif self.how.average and spec.dtype in FLOATS and name in self.others:
             for pieces in zip(*(donor.reader.chunks(name) for donor in self.donors), strict=True):
                 yield mean([piece.view(STORAGE[spec.dtype]) for piece in pieces], spec.dtype).view(np.uint8)
         else:
@@ -219,16 +224,16 @@ class UpcycledSource(Source):
             rows = start_router(
                 self.how.router, self.config, self.seed, name, spec.shape[0] // self.how.split, spec.shape[1]
             )
-        return floats.narrow(np.repeat(rows, self.how.split, axis=0), spec.dtype)
+        return _finite(floats.narrow(np.repeat(rows, self.how.split, axis=0), spec.dtype), spec.dtype, 0, name)
 
 
-def _finite(bits: np.ndarray, group: ExpertGroup, rows: slice, what: str) -> np.ndarray:
+def _finite(bits: np.ndarray, dtype: str, first_row: int, what: str) -> np.ndarray:
     """The bits as they are. Raises CheckpointError if one of them is a NaN or an infinity."""
-    exponent = EXPONENTS[group.dtype]
+    exponent = EXPONENTS[dtype]
     if (bad := (bits & exponent) == exponent).any():
         row, column = (int(n) for n in np.argwhere(bad)[0])
-        value = floats.widen(bits[row, column : column + 1], group.dtype)[0]
-        raise CheckpointError(f"{what}: expected finite {group.dtype}, found {value} at [{rows.start + row}, {column}]")
+        value = floats.widen(bits[row, column : column + 1], dtype)[0]
+        raise CheckpointError(f"{what}: expected finite {dtype}, found {value} at [{first_row + row}, {column}]")
     return bits
 
 

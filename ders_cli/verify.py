@@ -253,9 +253,13 @@ def _cut(source: Source, like: Source) -> Iterator[ExpertGroup]:
             raise UsageError(
                 f"{source.reader.folder}: has no slices where {like.reader.folder} has; `ders restore` one of them first"
             )
+        left = dict(group.members)
         for part in theirs:
-            labels = {label for label, _ in part.members}
-            yield replace(group, name=part.name, members=tuple(m for m in group.members if m[0] in labels))
+            own = tuple((label, left.pop(label)) for label, _ in part.members if label in left)
+            if own:
+                yield replace(group, name=part.name, members=own)
+        if left:  # experts that no slice names
+            yield replace(group, members=tuple(left.items()))
 
 
 def _judge(tested: Source, result: LayerResult, bounds: Bounds, report: Report) -> None:
@@ -282,7 +286,7 @@ def _problem(tested: Source, matched: Matched, output: dict[str, float], bounds:
     errors, said = matched.errors, f" ({matched.diagnosis})" if matched.diagnosis else ""
     view = dict(matched.group.members)[matched.label]
     noted = _noted(tested, matched)
-    if noted is not None and noted["source_hash"] != matched.reference_hash:
+    if not bounds.given and noted is not None and noted["source_hash"] != matched.reference_hash:
         return f"was converted from another expert than the reference's{said}; error {errors['weight']:.3g}"
     if bounds.given:
         passed = [

@@ -11,7 +11,9 @@ import toy
 from command import contents, ders, done
 from safetensors.torch import load_file, save_file
 
+from ders_cli import convert
 from ders_cli.base import mean
+from ders_cli.errors import DersError
 
 HIDDEN, INNER = 40, 48
 EXPERT = {"gate": "w1", "up": "w3", "down": "w2"}
@@ -453,3 +455,42 @@ def test_other_adapter_troubles(dense, tmp_path) -> None:
     assert ders("upcycle", dense, "--expert-from", tmp_path / "none", "-o", tmp_path / "m").code == 2
     (tmp_path / "empty").mkdir()
     assert ders("upcycle", dense, "--expert-from", tmp_path / "empty", "-o", tmp_path / "m").code == 4
+
+
+# --- what must not be mixed or lost ---
+
+
+def test_another_form_does_not_resume(dense, tmp_path, monkeypatch) -> None:
+    """Factors as they are, and the same adapters coded by rank3, have one recipe; a broken-off run of one is not the other's."""
+    folders = [adapter(tmp_path / "a", 1, rank=3), adapter(tmp_path / "b", 2, rank=3)]
+    flags = [flag for folder in folders for flag in ("--expert-from", folder)]
+    with monkeypatch.context() as patched:
+        patched.setattr(convert, "publish", stop)
+        assert ders("upcycle", dense, *flags, "-o", tmp_path / "moe", "-q").code == 1
+    ran = ders("upcycle", dense, *flags, "--delta", "rank3", "-o", tmp_path / "moe", "--resume", "-q")
+    assert (ran.code, "another form" in ran.err) == (2, True)
+    done("upcycle", dense, *flags, "-o", tmp_path / "moe", "--resume", "-q")
+
+
+def stop(*_: object) -> None:
+    raise DersError("stopped")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_average_leaves_every_ffn(tmp_path, model_type) -> None:
+    """With --layers 0, layer 1's FFN is the dense model's, whether the MoE keeps it dense or as copies."""
+    folder = tmp_path / "dense"
+    toy.dense(folder, model_type, head_dim=10)
+    donors = [perturbed(folder, tmp_path / "one", 1), perturbed(folder, tmp_path / "two", 2)]
+    made(tmp_path / "moe", folder, donors, "--layers", "0", "--average-others")
+    plain, before = restored(tmp_path / "moe"), load_file(folder / "model.safetensors")
+    ffn = before["model.layers.1.mlp.up_proj.weight"]
+    name = next(n for n in plain if n.startswith("model.layers.1.") and ("up_proj" in n or "experts.0.w3" in n))
+    assert torch.equal(plain[name], ffn)
+    assert not torch.equal(plain["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+
+
+def test_alpha_of_no_size(dense, tmp_path) -> None:
+    folder = adapter(tmp_path / "a", 1, lora_alpha=10**400)
+    ran = ders("upcycle", dense, "--expert-from", folder, "-o", tmp_path / "moe")
+    assert (ran.code, "lora_alpha" in ran.err) == (4, True)

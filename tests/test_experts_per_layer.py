@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from command import ders, done
-from test_upcycle import logits, make_dense
+from test_upcycle import DENSE, logits, make_dense
 from transformers import AutoModelForCausalLM
 
 import ders_cli.hf  # noqa: F401
@@ -33,7 +33,7 @@ def test_molas_total():
         Upcycling(8, 2, per_layer=(2, 4, 6, 8)).totals(3)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "granite", "ernie4_5", "hunyuan", "lfm2"])
+@pytest.mark.parametrize("name", sorted(DENSE))
 @pytest.mark.parametrize("options", [("--rank", 4), ("--rank", 4, "--split", 2)], ids=str)
 def test_the_plug_in_loads_them(name, options, tmp_path):
     """The dense model's logits, with 1 and 3 experts; trained a step, saved, and loaded again."""

@@ -477,18 +477,29 @@ def test_sharded_model_is_saved_whole(tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path / "out")), want)
 
 
-def test_one_changed_tensor_makes_it_its_own_source(tmp_path: Path) -> None:
-    """Errors and source hashes of the conversion hold for what was loaded, and for nothing else."""
+def test_a_changed_group_is_its_own_source(tmp_path: Path) -> None:
+    """Errors and source hashes of the conversion hold for the groups that are as they were loaded, and for no other."""
     source = tmp_path / "source"
     toy.make("mixtral", source)
     packed = compress(source, "int4", tmp_path / "packed")
     model = load(packed)
     with torch.no_grad():
         model.model.norm.weight.add_(1)
+    model.save_pretrained(tmp_path / "norm")
+    assert manifest(tmp_path / "norm")["groups"] == manifest(packed)["groups"]
+    assert "another expert" not in ders("verify", tmp_path / "norm", "--against", source).err
+    assert ders("compress", tmp_path / "norm", "--delta", "int4", "-o", tmp_path / "a", "-q").code == 2  # lossy already
+
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.up_proj.base.add_(0.01)
     model.save_pretrained(tmp_path / "changed")
-    assert ders("compress", packed, "--delta", "int4", "-o", tmp_path / "a", "-q").code == 2  # lossy already
-    done("compress", tmp_path / "changed", "--delta", "int4", "-o", tmp_path / "b", "-q")
+    done("verify", tmp_path / "changed", "-q")
+    groups = manifest(tmp_path / "changed")["groups"]
+    own = [g["name"] for g in groups if all(m["source_hash"] == m["restored_hash"] for m in g["members"])]
+    assert own == ["model.layers.0.mlp.experts.up_proj"]
     assert (logits(stock(restore(tmp_path / "changed", tmp_path / "plain"))) - logits(model)).abs().max() < CLOSE
+    verified = ders("verify", tmp_path / "changed", "--against", source, "--max-error", 0.5, "--json").json
+    assert not [f for f in verified["findings"] if "experts" in f["where"]]
 
 
 def test_saved_over_an_older_save(tmp_path: Path) -> None:
@@ -615,3 +626,18 @@ def test_versions(version: str) -> None:
         hf.check_transformers(version)
     hf.check_transformers("5.21.0")
     hf.check_transformers(transformers.__version__)
+
+
+@pytest.mark.parametrize("delta", ["int4", "rank4"])
+def test_fp16_keeps_small_deltas(tmp_path: Path, delta: str) -> None:
+    """A scale of 1e-9 has no room in fp16: the parts stay as they are stored, and so does D."""
+    toy.make("mixtral", tmp_path / "source", dtype=torch.bfloat16)
+    model = load(compress(tmp_path / "source", delta, tmp_path / "packed"), dtype=torch.float16)
+    own = model.model.layers[0].mlp.experts.up_proj
+    part = own.delta.get_parameter("scale" if delta == "int4" else "left")
+    x = torch.eye(own.group.shape[1])
+    before = own.delta_product(x, 1)
+    with torch.no_grad():
+        part.mul_(2.0**-30)
+    assert own.base.dtype == torch.float16
+    assert torch.equal(own.delta_product(x, 1) * 2.0**30, before)

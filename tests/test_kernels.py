@@ -193,6 +193,16 @@ def test_largest(kind, shape):
         assert (columns == reference.largest_columns(expected, k).numpy()).all()
 
 
+@pytest.mark.parametrize("width", [1, 5, 61, 1000])
+def test_largest_drawn(width):
+    """Rows that keep none, one, some and all of their columns, in the middle of a matrix."""
+    counts = [0, 1, width // 2, width, 0]
+    starts = np.cumsum([7, *counts])
+    columns = np.full(sum(counts), -1, np.int64)
+    select.largest_drawn(np.uint64(2**64 - 5), 3, width, starts, columns)
+    assert (columns == reference.largest_drawn(2**64 - 5, 3, width, starts.tolist()).numpy()).all()
+
+
 @pytest.mark.parametrize("steps", [1, 1 << 10, 1 << 21, (1 << 21) + (1 << 10) + 1])
 def test_largest_of_keys_that_differ_in_few_bits(steps):
     """The threshold takes passes of 11, 11 and 10 bits: keys that differ in the lowest, the middle, the highest, in all."""

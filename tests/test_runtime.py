@@ -196,7 +196,9 @@ def test_weight_of_many_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fp32_in_memory_rounds_nothing(codec: str) -> None:
     stored, wide = projection_of(codec), projection_of(codec, dtype=torch.float32)
     assert wide.base.dtype == wide.weight(0).dtype == torch.float32
-    assert torch.equal(wide.weight(1).bfloat16(), stored.weight(1))
+    # decoded by the same kernel but for rank, whose fp32 product BLAS sums in another order: one step of bf16, 2^-8, at most
+    apart = (wide.weight(1).bfloat16().float() - stored.weight(1).float()).abs()
+    assert (apart <= (2.0**-7 * stored.weight(1).float().abs() if codec.startswith("rank") else 0)).all()
     if codec not in ("exact", "none"):
         assert not torch.equal(wide.weight(1).bfloat16().float(), wide.weight(1))
 

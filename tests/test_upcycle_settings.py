@@ -195,7 +195,7 @@ def test_layers_of_a_mixtral(dense, tmp_path, layers, chosen) -> None:
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
 def test_layers_of_a_qwen(tmp_path, model_type) -> None:
     """Its class can leave layers dense: there are no experts and no router there, and the logits are the dense model's."""
-    from test_upcycle import load_stock
+    from test_upcycle import load_quietly
 
     settings = dict(intermediate_size=INNER, num_hidden_layers=3, head_dim=10)
     dense = toy.dense(tmp_path / "dense", model_type, **settings)
@@ -207,7 +207,7 @@ def test_layers_of_a_qwen(tmp_path, model_type) -> None:
     assert torch.equal(found["model.layers.2.mlp.up_proj.weight"], dense.model.layers[2].mlp.up_proj.weight)
     tokens = torch.arange(1, 25).reshape(2, 12)
     with torch.no_grad():
-        difference = load_stock(tmp_path / "plain")(tokens).logits - dense(tokens).logits
+        difference = load_quietly(tmp_path / "plain")(tokens).logits - dense(tokens).logits
     assert difference.abs().max() < 1e-5  # fp32 sums in another order
 
 
@@ -370,3 +370,31 @@ def test_as_a_user_runs_it(dense, tmp_path) -> None:
     text = done("upcycle", dense, "--sparse", 0.9, "-o", tmp_path / "text").out
     assert text.startswith(f"{tmp_path / 'text'}\n") and "parameters" in text
     assert done("upcycle", dense, "--full", "-o", tmp_path / "quiet", "-q").out == f"{tmp_path / 'quiet'}\n"
+
+
+@pytest.mark.parametrize("layers", ["²", "1-²"])
+def test_digits_that_are_no_numbers(tmp_path, layers):
+    toy.dense(tmp_path / "dense")
+    assert ders("upcycle", tmp_path / "dense", "--full", "--layers", layers, "-o", tmp_path / "moe").code == 2
+
+
+def test_verify_names_experts_that_no_slice_holds(tmp_path):
+    """2 experts in 2 slices against 4 in 2: the missing ones are named, whichever is tested."""
+    toy.dense(tmp_path / "dense", intermediate_size=48)
+    done("upcycle", tmp_path / "dense", "--rank", 2, "--experts", 2, "--split", 2, "-o", tmp_path / "two", "-q")
+    done("upcycle", tmp_path / "dense", "--full", "--experts", 4, "--split", 2, "-o", tmp_path / "four", "-q")
+    for tested, reference in (("two", "four"), ("four", "two")):
+        ran = ders("verify", tmp_path / tested, "--against", tmp_path / reference, "--json", "--no-output")
+        assert ran.code == 3
+        problems = [f for f in ran.json["findings"] if "mlp.experts" in f["where"]]
+        assert len(problems) == 2 * 3, problems
+
+
+def test_a_fitted_router_that_is_not_finite(tmp_path, monkeypatch):
+    toy.dense(tmp_path / "dense")
+    (tmp_path / "prompts.yaml").write_text("- [a]\n- [b]\n")
+    rows = {f"model.layers.{layer}": np.full((2, toy.HIDDEN), np.nan, np.float32) for layer in range(2)}
+    monkeypatch.setattr("ders_cli.router_fit.fit_routers", lambda *_: (rows, 0.0))
+    options = ("--rank", 2, "--experts", 2, "--router", tmp_path / "prompts.yaml", "-o", tmp_path / "moe")
+    ran = ders("upcycle", tmp_path / "dense", *options)
+    assert (ran.code, "gate.weight" in ran.err) == (4, True)

@@ -25,7 +25,9 @@ def upcycle(
     sparse: Annotated[
         float | None, typer.Option("--sparse", help="To be trained: a random share 1 - P of each delta (DeRS-SM).")
     ] = None,
-    full: Annotated[bool, typer.Option("--full", help="Full copies: a stock MoE that any tool loads.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Full copies: the stock MoE, which transformers loads by itself.")
+    ] = False,
     expert_from: Annotated[
         list[Path] | None,
         typer.Option(

@@ -176,6 +176,11 @@ def _pack(model: PreTrainedModel, source: DersSource, modules: dict[str, tuple[s
         if not is_common(stock):
             raise UnsupportedError(f"{path}: {type(stock).__name__} does not run packed: {OTHERWISE}")
         if hasattr(model.config, PER_LAYER):
+            if getattr(model.config, "output_router_logits", False):
+                raise UnsupportedError(
+                    f"{source.reader.folder}: its layers have different numbers of experts, and transformers' load-balancing "
+                    "loss wants one number; set output_router_logits to false"
+                )
             fit_block(
                 model,
                 source,

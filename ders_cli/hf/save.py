@@ -12,7 +12,7 @@ The float parts of other codecs are BF16 on disk: going back is exact for what w
 trained (values of drop, top, N:M), with a warning.
 
 Tensors that are no experts have the names of the original files, and `source` in ders.json describes the original's
-files with the new dtypes, so `ders restore` writes a stock checkpoint. A model that is still what was loaded keeps its
+files with the new dtypes, so `ders restore` writes a stock checkpoint. A group that is still what was loaded keeps its
 errors and source hashes; any other is its own source: the deltas are the model, nothing is lost between the two.
 """
 
@@ -215,10 +215,13 @@ def _write(
         tasks = [partial(_decoded_hash, source, g, i) for g in source.groups for i in range(len(g.members))]
         restored = iter(local.run(tasks, torch.get_num_threads()))
         found = {g.name: [next(restored) for _ in g.members] for g in source.groups}
-    if hashes == packed.manifest["tensors"]:
-        manifest["groups"] = packed.manifest["groups"]
-    else:
-        manifest["groups"] = [_entry(unit, found[unit.group.name]) for unit in units]
+    before = {entry["name"]: entry for entry in packed.manifest["groups"]}
+    manifest["groups"] = [
+        before[unit.group.name]
+        if all(hashes[name] == packed.manifest["tensors"].get(name) for name in unit.parts)
+        else _entry(unit, found[unit.group.name])
+        for unit in units
+    ]
     write_file(folder / MANIFEST, manifest_text(manifest))
 
 

@@ -1,7 +1,8 @@
 """One group of experts as a module: a base that all share, and a light delta for each.
 
 Parameters have their names on disk: `base`, `delta.<part>`; one tensor there is one parameter here. What is worked out
-from them (columns, widened codes, synthesised weights) is no part of the state and is made anew when they change.
+from them (columns, widened codes, synthesised weights) is no part of the state and is made anew when they change, as
+autograd counts changes: one made through `.data` is seen after the next train() or eval().
 """
 
 from collections.abc import Callable, Mapping
@@ -50,7 +51,10 @@ class DersProjection(nn.Module):
         base = torch.empty(group.shape, dtype=dtype or TORCH[group.dtype], device=device)
         self.base = nn.Parameter(base, requires_grad=not group.codec.lossless)
         specs = {name.removeprefix("delta."): spec for name, spec in group.parts.items() if name != "base"}
-        self.delta = Parts(specs, self.form.trainable if self.form else frozenset(), device, dtype)
+        # scales of 1e-8 and factors have no room in fp16: parts widen with the base, they never narrow
+        self.delta = Parts(
+            specs, self.form.trainable if self.form else frozenset(), device, dtype if dtype is torch.float32 else None
+        )
         self._made: dict[int, tuple[Any, Any]] = {}
         self.has_room()  # asked now, so that the first layers to run know of the last ones
 

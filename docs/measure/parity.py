@@ -39,7 +39,7 @@ def logits(folder: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def main() -> None:
     logging.disable_progress_bar()
-    dense, work = Path(sys.argv[1]), Path(sys.argv[2])
+    dense, work = Path(sys.argv[1]), Path(sys.argv[2]) / "upcycled"
     expected = logits(dense)
     error = (expected.double() - logits(dense, torch.float64)).abs().max()
     print(f"dense: largest logit {expected.abs().max():.2f}, in fp32 off by {error:.1e} from fp64")
@@ -48,7 +48,9 @@ def main() -> None:
         command = [sys.executable, "-m", "ders_cli", "upcycle", dense, "--experts", "4", *form, "-o", work, "-q"]
         subprocess.run(command, check=True, capture_output=True)
         error = (logits(work) - expected).abs().max()
-        print(f"{' '.join(form):28s} {error:.1e}, relative to the largest {error / expected.abs().max():.1e}", flush=True)
+        print(
+            f"{' '.join(form):28s} {error:.1e}, relative to the largest {error / expected.abs().max():.1e}", flush=True
+        )
     shutil.rmtree(work)
 
 

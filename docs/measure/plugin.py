@@ -44,8 +44,9 @@ def main() -> None:
     args = parser.parse_args()
     print("| codec | packed bf16 | stock bf16, of its fp32 | packed fp32 |\n|---|---|---|---|")
     for delta in DELTAS:
-        shutil.rmtree(args.work, ignore_errors=True)
         packed, plain = args.work / "packed", args.work / "plain"
+        for made in (packed, plain):
+            shutil.rmtree(made, ignore_errors=True)
         ders = [sys.executable, "-m", "ders_cli"]
         compress = [*ders, "compress", args.model, "--delta", delta, "--base", args.base, "-o", packed, "-q"]
         subprocess.run(compress, check=True, capture_output=True)
@@ -58,7 +59,8 @@ def main() -> None:
             difference(logits(packed, torch.float32), wide),
         ]
         print(f"| {delta} | {' | '.join(row)} |", flush=True)
-    shutil.rmtree(args.work)
+    shutil.rmtree(packed)
+    shutil.rmtree(plain)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ has one sequence of each of four kinds of text (the demo's: they come with Pytho
 products bf16 (autocast), AdamW at the demo's rate, without decay. Each form is a process of its own, one after the other.
 
 Prints a line of JSON for each, then a table: held-out loss in fp32 (nats per token), trained parameters, bytes of the saved
-folder (bf16 for all), peak anonymous memory, median seconds of a step.
+folder (bf16 for all), peak resident memory (libraries and mapped files included), median seconds of a step.
 """
 
 import argparse
@@ -101,13 +101,13 @@ def main() -> None:
         for run in [name] if name == "vanilla" else [name, f"{name}+frozen"]:
             if args.only and run not in args.only:
                 continue
-            shutil.rmtree(args.work, ignore_errors=True)
+            for made in (args.work / "model", args.work / "trained"):
+                shutil.rmtree(made, ignore_errors=True)
             ders = [sys.executable, "-m", "ders_cli", "upcycle", args.dense, *options]
             subprocess.run([*ders, "--experts", "4", "-o", args.work / "model", "-q"], check=True, capture_output=True)
             command = [sys.executable, __file__, args.dense, args.work, "--run", run, "--steps", str(args.steps)]
             rows.append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout.splitlines()[-1]))
             print(json.dumps(rows[-1]), flush=True)
-    shutil.rmtree(args.work, ignore_errors=True)
     print("\n| form | base | held-out loss | above vanilla | trained parameters | bytes | peak memory | s a step |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:

@@ -162,6 +162,13 @@ def largest_columns(keys: Tensor, k: int) -> Tensor:
     return ranked[:, :k].sort(dim=1).values
 
 
+def largest_drawn(key: int, row: int, width: int, starts: list[int]) -> Tensor:
+    """Rows row, row + 1, ... keep starts[i + 1] - starts[i] of `width` columns, those of the largest draws: int64, one list."""
+    lines = [draws(key, (row + i) * width, width)[None] for i in range(len(starts) - 1)]
+    counts = [b - a for a, b in zip(starts, starts[1:])]
+    return torch.cat([largest_columns(line, k)[0] for line, k in zip(lines, counts)])
+
+
 def n_of_m_columns(keys: Tensor, n: int, m: int) -> Tensor:
     """Keys [rows, in] -> int64 [rows, kept]: the n largest of every m consecutive; of a shorter tail, at most n."""
     starts = range(0, keys.shape[1], m)

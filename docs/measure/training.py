@@ -1,6 +1,6 @@
 """Train one upcycled model in every form: same dense model, text, seed, tokens and steps; compare what they reach and cost.
 
-    python docs/measure/training.py DENSE WORK [--steps 60] [--only lm16]
+    python docs/measure/training.py DENSE WORK [--steps 60] [--only lm16] [--only lm16+frozen --rate 1e-3]
 
 Forms: vanilla (`--full`, stock transformers), DeRS-LM (`--rank` 4 and 16), DeRS-SM (`--sparse` .99 and .9999), the last four with
 the base trained and frozen. Trained are the FFN weights and the routers; attention, norms and embeddings stay. Every step
@@ -31,7 +31,7 @@ FORMS = {
 SEED = 0
 
 
-def train(dense: Path, folder: Path, form: str, frozen: bool, steps: int) -> dict:
+def train(dense: Path, folder: Path, form: str, frozen: bool, steps: int, rate: float | None) -> dict:
     """Train one form; its row."""
     import torch
     from torch.nn.functional import cross_entropy
@@ -49,7 +49,7 @@ def train(dense: Path, folder: Path, form: str, frozen: bool, steps: int) -> dic
         if ".experts." not in name and not name.endswith("mlp.gate.weight"):
             parameter.requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=demo.LEARNING_RATE, weight_decay=0)
+    optimizer = torch.optim.AdamW(trained, lr=rate or demo.LEARNING_RATE, weight_decay=0)
     streams = demo.token_streams(dense)
     generator = torch.Generator().manual_seed(SEED)
     batches = torch.stack([demo.random_batches(text, steps, generator)[:, 0] for text, _ in streams.values()], dim=1)
@@ -89,12 +89,13 @@ def main() -> None:
     parser.add_argument("dense", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rate", type=float, help="learning rate (default: the demo's)")
     parser.add_argument("--only", action="append", default=[])
     parser.add_argument("--run", help="train this one form here, and print its row")
     args = parser.parse_args()
     if args.run:
         form, _, frozen = args.run.partition("+")
-        print(json.dumps(train(args.dense, args.work / "model", form, bool(frozen), args.steps)))
+        print(json.dumps(train(args.dense, args.work / "model", form, bool(frozen), args.steps, args.rate)))
         return
     rows = []
     for name, options in FORMS.items():
@@ -106,6 +107,7 @@ def main() -> None:
             ders = [sys.executable, "-m", "ders_cli", "upcycle", args.dense, *options]
             subprocess.run([*ders, "--experts", "4", "-o", args.work / "model", "-q"], check=True, capture_output=True)
             command = [sys.executable, __file__, args.dense, args.work, "--run", run, "--steps", str(args.steps)]
+            command += ["--rate", str(args.rate)] if args.rate else []
             rows.append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout.splitlines()[-1]))
             print(json.dumps(rows[-1]), flush=True)
     print("\n| form | base | held-out loss | above vanilla | trained parameters | bytes | peak memory | s a step |")

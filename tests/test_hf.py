@@ -25,6 +25,8 @@ from transformers import (
 import ders_cli.hf as hf
 from ders_cli.checkpoint.writer import ShardWriter
 from ders_cli.errors import CheckpointError, UnsupportedError, UsageError
+from ders_cli.hf.stock import STACKED
+from ders_cli.runtime.projection import WEIGHTS
 
 OWN_WAY = ("jetmoe", "llama4_text", "dbrx")  # their experts modules are called in ways of their own
 COMMON = [name for name in toy.MODELS if name not in OWN_WAY]
@@ -641,3 +643,50 @@ def test_fp16_keeps_small_deltas(tmp_path: Path, delta: str) -> None:
         part.mul_(2.0**-30)
     assert own.base.dtype == torch.float16
     assert torch.equal(own.delta_product(x, 1) * 2.0**30, before)
+
+
+EVEN = {
+    "mixtral": dict(hidden_size=32, intermediate_size=48),
+    "gpt_oss": dict(hidden_size=32, intermediate_size=48),
+    "granitemoe": dict(hidden_size=32, intermediate_size=48),
+    "qwen2_moe": dict(hidden_size=32, moe_intermediate_size=48),
+    "nemotron_h": dict(hidden_size=32, moe_intermediate_size=48),
+}
+
+
+@pytest.mark.parametrize("delta", ["int4", "rank4"])
+@pytest.mark.parametrize("name", EVEN)
+def test_kept_weights_run_as_the_stock_module(tmp_path: Path, monkeypatch, name: str, delta: str) -> None:
+    """Small experts with room to be kept go through the stock code; the same logits as by way of base and deltas, changes
+    are seen, nothing is left in the stock module, and what is kept goes with train() and with the limit."""
+    toy.make(name, tmp_path / "source", **EVEN[name])
+    model = load(compress(tmp_path / "source", delta, tmp_path / "packed")).eval()
+    own = [m for m in model.modules() if isinstance(m, hf.load.HfExperts)]
+    calls = []
+    for module in own:
+        run = module._stacked.run
+        monkeypatch.setattr(module._stacked, "run", lambda *a, run=run: calls.append(1) or run(*a))
+
+    def by(way: str) -> torch.Tensor:
+        for module in own:
+            module.way = way
+        return logits(model)
+
+    want = by("apart")
+    assert not calls
+    assert (by("auto") - want).abs().max() < CLOSE
+    assert len(calls) == len(own)
+    held = WEIGHTS.held
+    assert held >= sum(p.numel() * 4 for m in own for p in m._stacked._stock.parameters() if p.is_meta)
+    assert all(p.is_meta for m in own for n, p in m._stacked._stock.named_parameters() if n in STACKED)
+    with torch.no_grad():
+        own[0].up_proj.base.add_(0.01)
+    moved = by("auto")
+    assert (moved - want).abs().max() > 100 * CLOSE
+    assert (moved - by("apart")).abs().max() < CLOSE
+    model.train()
+    assert WEIGHTS.held < held
+    monkeypatch.setattr(WEIGHTS, "_limit", 0)
+    calls.clear()
+    assert (by("auto") - moved).abs().max() < CLOSE
+    assert not calls

@@ -384,6 +384,10 @@ def test_choice() -> None:
     assert way("int4", 16) == way("int4", 256, kept=False) == "whole"
     assert way("int8", 1) == way("exact", 1) == way("drop0.9+int4", 1) == "whole"
     assert way("int4", 1, runs=False) == "whole"
+    shape = (1536, 576)  # calls cost more than reading: kept weights, if they are kept
+    assert way("int4", 1) == way("rank16", 1) == way("drop0.99", 1) == "whole"
+    assert way("rank16", 1, kept=False) == way("rank16", 1, gradient=True) == way("int4", 1, kept=False) == "apart"
+    shape = (5632, 2048)
     assert way("rank16", 1) == way("rank16", 256) == way("rank16", 256, gradient=True) == "apart"
     assert way("drop0.99", 256) == way("sparse0.9999", 256, gradient=True) == way("ternary0.02", 256) == "apart"
     assert way("drop0.9", 1) == "apart"

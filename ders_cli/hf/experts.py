@@ -7,7 +7,11 @@ from torch import Tensor, nn
 
 from ..runtime.experts import DersExperts
 from ..runtime.group import RuntimeGroup
+from ..runtime.projection import WEIGHTS, DersProjection
+from .stacked import Stacked
 from .stock import STACKED
+
+GROUPED_BYTES = 16  # transformers' grouped_mm, its default, refuses rows of other lengths
 
 
 class HfExperts(DersExperts):
@@ -20,7 +24,7 @@ class HfExperts(DersExperts):
     def __init__(self, stock: nn.Module, groups: Sequence[RuntimeGroup], dtype: torch.dtype | None):
         biases = self._bias if stock.has_bias else None
         super().__init__(groups, self._activate, biases, device="meta", dtype=dtype)
-        self._stock_class = type(stock)
+        self._stock_class, self._stacked = type(stock), Stacked(stock)
         known = vars(nn.Module()).keys() | vars(self).keys()
         vars(self).update({name: value for name, value in vars(stock).items() if name not in known})
         for name, child in stock.named_children():
@@ -30,6 +34,36 @@ class HfExperts(DersExperts):
                 self.register_parameter(name, parameter)
         for name, buffer in stock.named_buffers(recurse=False):
             self.register_buffer(name, buffer, persistent=name not in stock._non_persistent_buffers_set)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As DersExperts, and as the stock module itself where all weights are synthesised and have room to be kept."""
+        if self._runs_as_stock(hidden_states, top_k_index):
+            projections = {
+                p: [(m, m.member_of[e]) for e in range(len(m.member_of))] for p, m in self._projections().items()
+            }
+            return self._stacked.run(self, projections, hidden_states, top_k_index, top_k_weights)
+        return super().forward(hidden_states, top_k_index, top_k_weights)
+
+    def train(self, mode: bool = True) -> "HfExperts":
+        WEIGHTS.forget(self)
+        return super().train(mode)
+
+    def _projections(self) -> dict[str, DersProjection]:
+        """{"gate": ...} of a layer without slices."""
+        return {p: m for p in ("gate", "up", "down") if (m := getattr(self, f"{p}_proj", None)) is not None}
+
+    def _runs_as_stock(self, x: Tensor, index: Tensor) -> bool:
+        if self.training or self.way == "apart" or torch.is_autocast_enabled(x.device.type):
+            return False
+        projections = self._projections().values()
+        if not projections or any(
+            m.base.dtype != x.dtype or m.differentiates(x) or not m.has_room() for m in projections
+        ):
+            return False
+        if any(side * x.element_size() % GROUPED_BYTES for side in self.up_proj.group.shape):
+            return False
+        tokens = index.numel() / max(1, index.unique().numel())
+        return not any(self._apart(m, x, tokens) for m in projections)
 
     def _activate(self, gate: Tensor | None, up: Tensor) -> Tensor:
         """gate, up [tokens, inner] -> [tokens, inner], joined as the stock `_apply_gate` expects them."""

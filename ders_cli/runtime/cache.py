@@ -19,7 +19,8 @@ class WeightCache:
     def __init__(self, limit: int):
         self._limit, self.held = limit, 0
         self._entries: OrderedDict[tuple[weakref.ref, int], tuple[object, Tensor]] = OrderedDict()
-        self._expected: dict[weakref.ref, int] = {}  # bytes that all weights of each module would take
+        self._expected: dict[weakref.ref, int] = {}  # bytes that all weights of each module would take, and their sum
+        self._wanted = 0
         self._lock = threading.RLock()
 
     @property
@@ -51,8 +52,10 @@ class WeightCache:
     def has_room(self, module: nn.Module, expected: int) -> bool:
         """Whether all weights of all modules that have asked would fit together; `expected` bytes are this one's."""
         with self._lock:
-            self._expected[weakref.ref(module, self._gone)] = expected
-            return sum(self._expected.values()) <= self._limit
+            ref = weakref.ref(module, self._gone)
+            self._wanted += expected - self._expected.get(ref, 0)
+            self._expected[ref] = expected
+            return self._wanted <= self._limit
 
     def forget(self, module: nn.Module) -> None:
         """Free what is held of a module."""
@@ -63,7 +66,7 @@ class WeightCache:
 
     def _gone(self, ref: weakref.ref) -> None:
         with self._lock:
-            self._expected.pop(ref, None)
+            self._wanted -= self._expected.pop(ref, 0)
             for at in [at for at in self._entries if at[0] == ref]:
                 self._remove(at)
 

@@ -103,7 +103,7 @@ class DersExperts(nn.Module):
         ups = self._products(owner.up_proj, x, xs, routed)
         gates = self._products(owner.gate_proj, x, xs, routed) if owner.gate_proj else None
         down, out = owner.down_proj, torch.zeros(x.shape[0], owner.down_proj.group.shape[0], device=x.device)
-        apart = self._apart(down, x, routed)
+        apart = self._apart(down, x, _mean_tokens(routed))
         mixed = torch.zeros(x.shape[0], down.group.shape[1], device=x.device) if apart else None  # sum_k g_k h_k
         pieces = _pieces(down, x)
         for bundle in _bundles(routed):
@@ -139,7 +139,7 @@ class DersExperts(nn.Module):
     ) -> Iterator[Tensor]:
         """[t, out] for one expert after the other: its x @ W.T and bias."""
         pieces = _pieces(projection, x)
-        apart = self._apart(projection, x, routed)
+        apart = self._apart(projection, x, _mean_tokens(routed))
         of_base = _taken(projection.base_product(x), routed) if apart else [None] * len(routed)
         for r, own, y in zip(routed, xs, of_base, strict=True):
             member = projection.member_of[r.expert]
@@ -150,14 +150,18 @@ class DersExperts(nn.Module):
             bias = self.biases(projection.group.projection, r.expert) if self.biases else None
             yield y if bias is None else y + bias
 
-    def _apart(self, projection: DersProjection, x: Tensor, routed: list[_Routed]) -> bool:
+    def _apart(self, projection: DersProjection, x: Tensor, tokens: float) -> bool:
+        """tokens: the mean number for an expert that has any."""
         if self.way != "auto" or projection.no_delta:
             return self.way != "whole"
         group, gradient = projection.group, projection.differentiates(x)
         form = projection.form if projection.form and projection.form.runs(projection, x, gradient) else None
-        tokens = sum(r.gates.shape[0] for r in routed) / len(routed)
         kept = not projection.training and projection.has_room()
         return choose(group.codec, form, group.shape, tokens, kept, gradient) == "apart"
+
+
+def _mean_tokens(routed: list[_Routed]) -> float:
+    return sum(r.gates.shape[0] for r in routed) / len(routed)
 
 
 def _check(owner: nn.Module, module: str, name: str) -> None:

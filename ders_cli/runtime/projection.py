@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..codecs.integers import IntCodec
 from ..codecs.rank import RankCodec
 from .cache import CACHE_BYTES, WeightCache
+from .choice import small
 from .dtypes import TORCH
 from .forms import Form, product
 from .group import RuntimeGroup
@@ -59,8 +60,9 @@ class DersProjection(nn.Module):
         self.has_room()  # asked now, so that the first layers to run know of the last ones
 
     def has_room(self) -> bool:
-        """Whether the synthesised weights of all layers fit in the cache. Those of rank are never wanted there."""
-        wanted = 0 if self.no_delta or isinstance(self.form, LowRank) else len(self.group.keys) * self.base.nbytes
+        """Whether the synthesised weights of all layers fit in the cache. Large ones of rank are never wanted there."""
+        apart = isinstance(self.form, LowRank) and not small(self.group.shape)
+        wanted = 0 if self.no_delta or apart else len(self.group.keys) * self.base.nbytes
         return WEIGHTS.has_room(self, wanted)
 
     @property
@@ -85,7 +87,7 @@ class DersProjection(nn.Module):
         """`weight`, from the cache of all layers; while training it is made each time."""
         if self.training or self.no_delta:
             return self.weight(member)
-        return WEIGHTS.get(self, member, self._mark(), lambda: self.weight(member))
+        return WEIGHTS.get(self, member, self.mark(), lambda: self.weight(member))
 
     def base_product(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out] = x @ B.T"""
@@ -124,7 +126,7 @@ class DersProjection(nn.Module):
 
     def made_once(self, member: int, make: Callable[[], Any]) -> Any:
         """What a form works out from a member's parts; made again if a parameter that doesn't train has changed."""
-        mark = self._mark(fixed=True)
+        mark = self.mark(fixed=True)
         if (kept := self._made.get(member)) is None or kept[0] != mark:
             with torch.inference_mode(False), torch.no_grad():  # it may be needed for a gradient later
                 kept = self._made[member] = (mark, make())
@@ -175,7 +177,7 @@ class DersProjection(nn.Module):
     def _detached(self, member: int) -> dict[str, Tensor]:
         return {name: piece.detach() for name, piece in self.piece(member).items()}
 
-    def _mark(self, fixed: bool = False) -> tuple:
+    def mark(self, fixed: bool = False) -> tuple:
         """Changes when parameters do; with `fixed`, those that don't train."""
         trained = self.form.trainable if self.form else frozenset()
         tensors = [t for name, t in self.delta.tensors().items() if not (fixed and name in trained)]

@@ -17,13 +17,12 @@ from collections.abc import Callable
 
 import torch
 from ders_kernels.counter_rng import make_key
-from torch.nn.functional import silu
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from ders_cli.checkpoint.tensor import TensorSpec
 from ders_cli.codecs import parse_codec
-from ders_cli.runtime.experts import DersExperts
+from ders_cli.hf.experts import HfExperts
 from ders_cli.runtime.group import RuntimeGroup
 
 HIDDEN, INNER, GROUP_SIZE = 2048, 5632, 128
@@ -40,7 +39,7 @@ def stock_layer(experts: int) -> MixtralExperts:
     return layer
 
 
-def packed_layer(delta: str, experts: int) -> DersExperts:
+def packed_layer(delta: str, experts: int) -> HfExperts:
     """Random parts: what they say makes no difference to the time."""
     codec, groups = parse_codec(delta, GROUP_SIZE), []
     for projection in ("gate", "up", "down"):
@@ -50,7 +49,11 @@ def packed_layer(delta: str, experts: int) -> DersExperts:
         keys = tuple(make_key(0, name, str(e)) for e in range(experts))
         parts["base"] = TensorSpec(shape, "BF16")
         groups.append(RuntimeGroup(name, projection, shape, "BF16", codec, keys, tuple(range(experts)), parts))
-    layer = DersExperts(groups, lambda gate, up: silu(gate) * up).eval()
+    config = MixtralConfig(hidden_size=HIDDEN, intermediate_size=INNER, num_local_experts=experts)
+    config._experts_implementation = "grouped_mm"  # transformers' default
+    with torch.device("meta"):
+        stock = MixtralExperts(config)
+    layer = HfExperts(stock, groups, None).to_empty(device="cpu").eval()
     for p in layer.parameters():
         p.requires_grad_(False)
         if p.is_floating_point():
@@ -76,7 +79,7 @@ def measure(calls: dict[str, Callable[[int, torch.Tensor, torch.Tensor, torch.Te
     return {n: tuple(statistics.median(v) * 1e3 for v in zip(*t, strict=True)) for n, t in times.items()}
 
 
-def warm_up(layer: DersExperts, experts: int) -> None:
+def warm_up(layer: HfExperts, experts: int) -> None:
     """Every expert once, both ways: codes are widened and, if the cache has room, weights synthesised."""
     every = torch.randn(experts, HIDDEN).bfloat16(), torch.arange(experts)[:, None], torch.ones(experts, 1)
     for way in ("apart", "whole") if layer.cache_bytes else ("apart",):
@@ -84,7 +87,7 @@ def warm_up(layer: DersExperts, experts: int) -> None:
         layer(*every)
 
 
-def bytes_read(layer: DersExperts, batch: int, top_k: int, active: float, way: str) -> float:
+def bytes_read(layer: HfExperts, batch: int, top_k: int, active: float, way: str) -> float:
     """MB for a token: gate, up and down of the active experts, or the bases once and the active deltas."""
     whole = 3 * MATRIX * active
     if way == "whole":

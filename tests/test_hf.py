@@ -670,7 +670,8 @@ def test_kept_weights_run_as_the_stock_module(tmp_path: Path, monkeypatch, name:
     def by(way: str) -> torch.Tensor:
         for module in own:
             module.way = way
-        return logits(model)
+        with torch.inference_mode():  # without eval(), which frees what is kept
+            return model(TOKENS).logits
 
     want = by("apart")
     assert not calls
@@ -686,6 +687,7 @@ def test_kept_weights_run_as_the_stock_module(tmp_path: Path, monkeypatch, name:
     assert (moved - by("apart")).abs().max() < CLOSE
     model.train()
     assert WEIGHTS.held < held
+    model.eval()
     monkeypatch.setattr(WEIGHTS, "_limit", 0)
     calls.clear()
     assert (by("auto") - moved).abs().max() < CLOSE

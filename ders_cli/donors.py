@@ -85,9 +85,6 @@ class Adapter:
         """Of one of the ancestor's matrices, by its tensor's name; None where the adapter changes nothing."""
         return self._factors.get(tensor)
 
-    def close(self) -> None:
-        pass
-
 
 def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER).is_file()

@@ -16,7 +16,6 @@ from ders_kernels.cpu_ops import floats
 
 from .base import Base, ReadExpert, mean
 from .blueprint import Upcycling, draw_blueprint
-from .checkpoint.manifest import file_names
 from .checkpoint.reader import CheckpointReader, read_view
 from .checkpoint.tensor import FLOATS, STORAGE, TensorSpec
 from .codecs import DeltaCodec
@@ -27,7 +26,7 @@ from .codecs.sparse import SparseCodec
 from .donors import Adapter, FineTune, open_donor
 from .errors import CheckpointError
 from .layouts import ExpertGroup, MatrixView
-from .plan import natural
+from .plan import fill_shards, natural
 from .routers import normal, start_router
 from .source import Source
 
@@ -79,24 +78,22 @@ class UpcycledSource(Source):
 
     def close(self) -> None:
         for donor in self.donors:
-            donor.close()
+            if isinstance(donor, FineTune):
+                donor.close()
         self.reader.close()
 
     def form(self) -> dict[str, Any]:
         return self._form
 
     def _make_form(self, max_shard_bytes: int) -> dict[str, Any]:
-        shards: list[list[tuple[str, TensorSpec]]] = [[]]
-        held = 0
-        for name, spec in sorted(self.plan.tensors.items(), key=lambda item: natural(item[0])):
-            if held and held + spec.nbytes > max_shard_bytes:
-                shards.append([])
-                held = 0
-            shards[-1].append((name, spec))
-            held += spec.nbytes
+        names = sorted(self.plan.tensors, key=natural)
+        shards = fill_shards([("copied", name, self.plan.tensors[name]) for name in names], max_shard_bytes)
         files = {
-            file: {"tensors": [[n, s.dtype, list(s.shape)] for n, s in shard], "metadata": {"format": "pt"}}
-            for file, shard in zip(file_names(len(shards)), shards, strict=True)
+            shard.file: {
+                "tensors": [[name, spec.dtype, list(spec.shape)] for name, spec in shard.fixed.items()],
+                "metadata": {"format": "pt"},
+            }
+            for shard in shards
         }
         total = sum(spec.nbytes for spec in self.plan.tensors.values())
         return {

@@ -6,9 +6,13 @@ fp32, columns and draws int64. Wherever a rounding or the order of a sum can rea
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from . import deltas
+from .packing import low_bits
 
 
 def widen(stored: Tensor) -> Tensor:
@@ -39,23 +43,31 @@ def mean(experts: list[Tensor]) -> Tensor:
     return narrow(total * torch.tensor(1 / len(experts), dtype=torch.float32), experts[0].dtype)
 
 
-def philox_block(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Philox4x32-10: 32-bit words, lowest first -> the four words of one block (Salmon et al., SC 2011)."""
-    (c0, c1, c2, c3), (k0, k1), word = counter, key, 2**32
+def philox_block(counter, key):
+    """Philox4x32-10: 32-bit words, lowest first -> the four words of one block (Salmon et al., SC 2011).
+
+    Words are Python integers or, for many blocks at once, int64 tensors.
+    """
+    (c0, c1, c2, c3), (k0, k1), low = counter, key, 2**32 - 1
     for _ in range(10):
-        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-        c0, c1, c2, c3 = p1 // word ^ c1 ^ k0, p1 % word, p0 // word ^ c3 ^ k1, p0 % word
-        k0, k1 = (k0 + 0x9E3779B9) % word, (k1 + 0xBB67AE85) % word
+        (high0, low0), (high1, low1) = _words(0xD2511F53, c0), _words(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
     return c0, c1, c2, c3
+
+
+def _words(factor: int, word):
+    """High and low 32 bits of factor * word, by halves of the factor: no step passes the 63 bits of an int64."""
+    below, above = (factor & 0xFFFF) * word, (factor >> 16) * word
+    return above + (below >> 16) >> 16, below + ((above & 0xFFFF) << 16) & 0xFFFFFFFF
 
 
 def draws(key: int, first: int, count: int) -> Tensor:
     """int64 [count], each below 2^32: element i is word i % 4 of the block with counter i // 4 (64 bits, then zeros)."""
-    words, word = [], 2**32
-    for i in range(first, first + count):
-        block = philox_block((i // 4 % word, i // 4 // word, 0, 0), (key % word, key // word))
-        words.append(block[i % 4])
-    return torch.tensor(words, dtype=torch.int64)
+    block = torch.arange(first // 4, (first + count + 3) // 4)
+    zero = torch.zeros_like(block)
+    words = philox_block((block & 2**32 - 1, block >> 32, zero, zero), (key % 2**32, key >> 32))
+    return torch.stack(words, dim=1).reshape(-1)[first % 4 :][:count]
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -247,3 +259,96 @@ def error_sums(original: Tensor, coded: Tensor, base: Tensor) -> tuple[Tensor, T
     w, c, e, d, k = (x.double() for x in (original, coded, error, original - base, coded - base))
     products = (w * w, d * d, e * e, k * d, c * w, c * c)
     return torch.stack([product.sum(1) for product in products], dim=1), error.abs().amax(1)
+
+
+def unpack_elias_fano(low: Tensor | None, high: Tensor, n: int, m: int) -> Tensor:
+    """uint8 [rows, bytes] each -> the n columns of every row in 0..m, int64 [rows, n]; the inverse of pack_elias_fano."""
+    bits, size = low_bits(n, m), n + (m >> low_bits(n, m)) + 1
+    places = unpack_codes(high, 1, size).nonzero()[:, 1].reshape(-1, n)  # of the n set bits
+    below = unpack_codes(low, bits, n) if low is not None else 0
+    return (places - torch.arange(n) << bits) + below
+
+
+def kept_columns(kept: deltas.Kept, expert: int) -> Tensor:
+    """int64 [out, k], ascending; column `in` is none."""
+    (_, rows, width), k, positions = kept.shape, kept.kept, kept.positions
+    if isinstance(positions, deltas.Drawn):
+        return largest_columns(draws(positions.keys[expert], 0, rows * width).reshape(rows, width), k)
+    if isinstance(positions, deltas.Bitmap):
+        return unpack_codes(positions.bits[expert].cpu(), 1, width).nonzero()[:, 1].reshape(rows, k)
+    low = None if positions.low is None else positions.low[expert].cpu()
+    return unpack_elias_fano(low, positions.high[expert].cpu(), k, width)
+
+
+def decode(delta: deltas.Delta, expert: int) -> Tensor:
+    """One expert's D, fp32 [out, in] on the CPU."""
+    if isinstance(delta, deltas.Ints):
+        codes = unpack_codes(delta.codes[expert].cpu(), delta.bits, delta.width)
+        return decode_int(codes, delta.scale[expert].cpu(), delta.bits, delta.group)
+    if isinstance(delta, deltas.Kept):
+        coded = isinstance(delta.values, deltas.Ints)
+        values = decode(delta.values, expert) if coded else widen(delta.values[expert].cpu())
+        wide = torch.zeros(values.shape[0], delta.width + 1)
+        return wide.scatter(1, kept_columns(delta, expert), values)[:, : delta.width]
+    if isinstance(delta, deltas.LowRank):
+        return decode_low_rank(delta.left[expert].cpu(), delta.right[expert].cpu())
+    if isinstance(delta, deltas.Sum):
+        return decode(delta.first, expert) + decode(delta.then, expert)
+    raise TypeError(f"no definition of {type(delta).__name__}")
+
+
+def delta_matmul(x: Tensor, delta: deltas.Delta, expert: int) -> Tensor:
+    """x [T, in] -> fp64 [T, out] = x @ D.T, of D as it is decoded; no sum is rounded."""
+    return x.cpu().double() @ decode(delta, expert).double().T
+
+
+def moe_forward(
+    x: Tensor,
+    index: Tensor,
+    gates: Tensor,
+    gate: deltas.Projection | None,
+    up: deltas.Projection,
+    down: deltas.Projection,
+    activation: str,
+) -> Tensor:
+    """x [T, hidden], int64 [T, k], [T, k] -> fp64 [T, hidden] = sum over a token's experts e of g_e FFN_e(x).
+
+    FFN_e(x) = (act(x Wg') * (x Wu')) Wd', or act(x Wu') Wd' without a gate, W = B + D_e (method, section 4). An index
+    outside 0..E-1 adds nothing.
+    """
+    x, index, gates = x.cpu().double(), index.cpu(), gates.cpu().double()
+    out, act = torch.zeros(x.shape[0], down.base.shape[0], dtype=torch.float64), ACTIVATIONS[activation]
+    experts = next(
+        (p.delta.shape[0] for p in (up, down, gate) if p and p.delta), int(index.max()) + 1 if index.numel() else 0
+    )
+    for expert in index.unique().tolist():
+        token, place = (index == expert).nonzero(as_tuple=True)
+        if not 0 <= expert < experts:
+            continue
+        weights = [_weight(p, expert) for p in (gate, up, down)]
+        hidden = x[token] @ weights[1].T
+        hidden = act(hidden) if gate is None else act(x[token] @ weights[0].T) * hidden
+        out.index_add_(0, token, hidden @ weights[2].T * gates[token, place, None])
+    return out
+
+
+def _weight(projection: deltas.Projection | None, expert: int) -> Tensor | None:
+    """B + D_expert, fp64, not rounded."""
+    if projection is None:
+        return None
+    base = projection.base.cpu().double()
+    return base if projection.delta is None else base + decode(projection.delta, expert).double()
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "relu": torch.nn.functional.relu,
+}
+
+
+def expert_gram(experts: Tensor) -> Tensor:
+    """[E, n] floats -> fp64 [E, E]: inner products of every two experts."""
+    wide = experts.cpu().double()
+    return wide @ wide.T

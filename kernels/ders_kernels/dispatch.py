@@ -1,0 +1,92 @@
+"""One call for each operation, whatever runs it: `triton` on a GPU, `cpu` compiled kernels, `reference` plain torch.
+
+    delta_matmul(x, delta, expert)                             x @ D.T, without making D where there is a way
+    synthesize(base, delta, expert)                            round(B + D), the bits of `ders restore`
+    moe_forward(x, index, gates, gate, up, down, activation)   a layer: routed tokens, bases once a token, deltas apart
+    expert_gram(experts)                                       inner products of every two experts
+
+A backend that is asked for by name does the work or raises Refused with the reason. `auto` takes the first of triton,
+cpu and reference that doesn't refuse, and says once, on this module's logger, which it took for what and why.
+"""
+
+import importlib
+import logging
+from types import ModuleType
+
+from torch import Tensor
+
+from .deltas import Delta, Projection
+
+BACKENDS = {
+    "triton": "ders_kernels.triton_ops.backend",
+    "cpu": "ders_kernels.cpu_ops.backend",
+    "reference": "ders_kernels.reference_backend",
+}
+_log = logging.getLogger(__name__)
+_said: set[tuple[str, ...]] = set()
+
+
+class Refused(Exception):
+    """A backend can't run this; the text says why and what can."""
+
+
+def delta_matmul(x: Tensor, delta: Delta, expert: int, backend: str = "auto") -> Tensor:
+    """[T, in] bf16 | fp16 | fp32 -> [T, out] in x's dtype: x @ D_expert.T. Sums are fp32."""
+    return _choose("delta_matmul", backend, x, delta).delta_matmul(x, delta, expert)
+
+
+def synthesize(base: Tensor, delta: Delta, expert: int, backend: str = "auto") -> Tensor:
+    """base [out, in] -> W = round(fp32(B) + D_expert) of the same dtype: the same bits from any backend."""
+    return _choose("synthesize", backend, base, delta).synthesize(base, delta, expert)
+
+
+def moe_forward(
+    x: Tensor,
+    index: Tensor,
+    gates: Tensor,
+    gate: Projection | None,
+    up: Projection,
+    down: Projection,
+    activation: str = "silu",
+    backend: str = "auto",
+) -> Tensor:
+    """x [T, hidden], index int64 [T, k], gates [T, k] -> [T, hidden] in x's dtype; reference.moe_forward says what."""
+    deltas = [p.delta for p in (gate, up, down) if p is not None and p.delta is not None]
+    return _choose("moe_forward", backend, x, *deltas).moe_forward(x, index, gates, gate, up, down, activation)
+
+
+def expert_gram(experts: Tensor, backend: str = "auto") -> Tensor:
+    """[E, n] floats -> fp64 [E, E] on the CPU."""
+    return _choose("expert_gram", backend, experts).expert_gram(experts)
+
+
+def _choose(op: str, asked: str, x: Tensor, *deltas: Delta) -> ModuleType:
+    if asked != "auto":
+        if asked not in BACKENDS:
+            raise Refused(f"backend {asked!r}: expected auto, {', '.join(BACKENDS)}")
+        if why := _refusal(asked, op, x, deltas):
+            raise Refused(f"{op}: backend {asked}: {why}")
+        return importlib.import_module(BACKENDS[asked])
+    passed = []
+    for name in BACKENDS:
+        if not (why := _refusal(name, op, x, deltas)):
+            _say(op, name, x.device.type, passed)
+            return importlib.import_module(BACKENDS[name])
+        passed.append(f"{name}: {why}")
+    raise Refused(f"{op}: no backend runs this; {'; '.join(passed)}")
+
+
+def _refusal(name: str, op: str, x: Tensor, deltas: tuple[Delta, ...]) -> str:
+    """Why a backend can't run this, "" if it can."""
+    if name == "triton":
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return "needs triton; pip install 'ders-cli[gpu]'"
+    return importlib.import_module(BACKENDS[name]).refuses(op, x, deltas)
+
+
+def _say(op: str, name: str, device: str, passed: list[str]) -> None:
+    if (op, name, device, *passed) not in _said:
+        _said.add((op, name, device, *passed))
+        _log.info("%s on %s: %s%s", op, device, name, f" ({'; '.join(passed)})" if passed else "")

@@ -32,12 +32,12 @@ class Refused(Exception):
 
 def delta_matmul(x: Tensor, delta: Delta, expert: int, backend: str = "auto") -> Tensor:
     """[T, in] bf16 | fp16 | fp32 -> [T, out] in x's dtype: x @ D_expert.T. Sums are fp32."""
-    return _choose("delta_matmul", backend, x, delta).delta_matmul(x, delta, expert)
+    return choose("delta_matmul", backend, x, delta).delta_matmul(x, delta, expert)
 
 
 def synthesize(base: Tensor, delta: Delta, expert: int, backend: str = "auto") -> Tensor:
     """base [out, in] -> W = round(fp32(B) + D_expert) of the same dtype: the same bits from any backend."""
-    return _choose("synthesize", backend, base, delta).synthesize(base, delta, expert)
+    return choose("synthesize", backend, base, delta).synthesize(base, delta, expert)
 
 
 def moe_forward(
@@ -52,15 +52,16 @@ def moe_forward(
 ) -> Tensor:
     """x [T, hidden], index int64 [T, k], gates [T, k] -> [T, hidden] in x's dtype; reference.moe_forward says what."""
     deltas = [p.delta for p in (gate, up, down) if p is not None and p.delta is not None]
-    return _choose("moe_forward", backend, x, *deltas).moe_forward(x, index, gates, gate, up, down, activation)
+    return choose("moe_forward", backend, x, *deltas).moe_forward(x, index, gates, gate, up, down, activation)
 
 
 def expert_gram(experts: Tensor, backend: str = "auto") -> Tensor:
     """[E, n] floats -> fp64 [E, E] on the CPU."""
-    return _choose("expert_gram", backend, experts).expert_gram(experts)
+    return choose("expert_gram", backend, experts).expert_gram(experts)
 
 
-def _choose(op: str, asked: str, x: Tensor, *deltas: Delta) -> ModuleType:
+def choose(op: str, asked: str, x: Tensor, *deltas: Delta) -> ModuleType:
+    """The backend that runs `op` on these. Raises Refused with the reasons."""
     if asked != "auto":
         if asked not in BACKENDS:
             raise Refused(f"backend {asked!r}: expected auto, {', '.join(BACKENDS)}")

@@ -62,16 +62,48 @@ def unpack_row(packed, bits, codes):
         if n % 2:
             codes[n - 1] = packed[n // 2] & 15
         return
-    held, filled, at = np.uint32(0), 0, 0
-    mask = np.uint32((1 << bits) - 1)
-    for i in range(n):
-        if filled < bits:
-            held |= np.uint32(packed[at]) << np.uint32(filled)
-            filled += 8
-            at += 1
-        codes[i] = np.uint8(held & mask)
-        held >>= np.uint32(bits)
-        filled -= bits
+    if bits <= 2:
+        _unpack_bytes(packed, bits, codes)
+        return
+    if bits == 3:  # a constant, which the compiler unrolls
+        _unpack_eights(packed, 3, codes)
+    else:
+        _unpack_eights(packed, bits, codes)
+
+
+@njit(nogil=True, cache=True)
+def _unpack_eights(packed, bits, codes):
+    """Codes of 3, 5, 6 or 7 bits: eight are `bits` bytes."""
+    n = codes.size
+    mask, whole = np.uint64((1 << bits) - 1), n // 8
+    for i in range(whole):
+        held, begin = np.uint64(0), i * bits
+        for j in range(bits):
+            held |= np.uint64(packed[begin + j]) << np.uint64(8 * j)
+        for j in range(8):
+            codes[8 * i + j] = np.uint8((held >> np.uint64(bits * j)) & mask)
+    held = np.uint64(0)
+    for j in range(whole * bits, packed.size):
+        held |= np.uint64(packed[j]) << np.uint64(8 * (j - whole * bits))
+    for i in range(whole * 8, n):
+        codes[i] = np.uint8((held >> np.uint64(bits * (i - whole * 8))) & mask)
+
+
+@njit(nogil=True, cache=True)
+def _unpack_bytes(packed, bits, codes):
+    """Codes of 1 or 2 bits, of which a byte has 8 or 4."""
+    mask, n = np.uint8((1 << bits) - 1), codes.size
+    if bits == 1:
+        for i in range(n // 8):
+            for j in range(8):
+                codes[8 * i + j] = (packed[i] >> np.uint8(j)) & mask
+    else:
+        for i in range(n // 4):
+            for j in range(4):
+                codes[4 * i + j] = (packed[i] >> np.uint8(2 * j)) & mask
+    each = 8 // bits
+    for i in range(n - n % each, n):
+        codes[i] = (packed[n // each] >> np.uint8(bits * (i % each))) & mask
 
 
 def low_bits(n: int, m: int) -> int:
@@ -128,6 +160,24 @@ def _unpack_positions(low, high, low_count, m, unused, columns):
     return -1
 
 
+@njit(nogil=True, cache=True)
+def unpack_bitmap(bitmap, m, columns):
+    """(-1, n) if every row has the n bits that `columns` has room for, else the first row that hasn't, and its bits."""
+    line, bits = np.empty(m + 1, np.int32), np.empty(bitmap.shape[1] * 8, np.uint8)
+    for row in range(bitmap.shape[0]):
+        unpack_row(bitmap[row], 1, bits)
+        at, past = 0, 0
+        for i in range(m):  # every column is written, and kept by moving on: no branch to mispredict
+            line[at] = i
+            at += bits[i]
+        for i in range(m, bits.size):
+            past += bits[i]
+        if at != columns.shape[1] or past:
+            return row, at + past
+        columns[row] = line[:at]
+    return -1, columns.shape[1]
+
+
 def pack_positions(columns: np.ndarray, m: int, unused: bool) -> dict[str, np.ndarray]:
     """int32 [rows, n], ascending in each row -> uint8 parts [rows, bytes]."""
     rows, n = columns.shape
@@ -144,12 +194,11 @@ def pack_positions(columns: np.ndarray, m: int, unused: bool) -> dict[str, np.nd
 def unpack_positions(parts: dict[str, np.ndarray], n: int, m: int, unused: bool, first_row: int = 0) -> np.ndarray:
     """uint8 parts -> int32 [rows, n]. Raises ValueError naming the row (from first_row on) whose bits are no such set."""
     if "bitmap" in parts:
-        bits = np.unpackbits(parts["bitmap"], axis=1, bitorder="little")
-        counts = bits.sum(axis=1, dtype=np.int64)
-        if (counts != n).any() or bits[:, m:].any():
-            row = int(np.argmax((counts != n) | bits[:, m:].any(axis=1)))
-            raise ValueError(f"row {first_row + row}: bitmap has {counts[row]} columns of 0..{m - 1}, expected {n}")
-        return np.nonzero(bits)[1].reshape(-1, n).astype(np.int32)
+        columns = np.empty((parts["bitmap"].shape[0], n), np.int32)
+        bad, count = unpack_bitmap(parts["bitmap"], m, columns)
+        if bad >= 0:
+            raise ValueError(f"row {first_row + bad}: bitmap has {count} columns of 0..{m - 1}, expected {n}")
+        return columns
     high = parts["high"]
     columns = np.empty((high.shape[0], n), np.int32)
     low = parts.get("low", np.zeros((high.shape[0], 0), np.uint8))

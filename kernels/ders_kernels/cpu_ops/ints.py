@@ -83,16 +83,37 @@ def encode(delta, draws, bits, group, packed, scales):
         pack_row(codes, bits, packed[row])
 
 
+@njit(nogil=True, cache=True, inline="always")
+def _level(code, bits):
+    """Of one code: value = level * scale."""
+    if bits == 1:
+        return np.float32(2) * np.float32(code) - np.float32(1)
+    return np.float32(code) - (np.float32(1.5) if bits == 2 else np.float32(1 << (bits - 1)))
+
+
 @njit(nogil=True, cache=True)
 def decode(packed, scales, bits, group, out):
     """The inverse: uint8 [rows, bytes], uint16 [rows, groups] -> fp32 [rows, in]."""
     rows, columns = out.shape
     codes = np.empty(columns, np.uint8)
-    zero = np.float32(1) if bits == 1 else (np.float32(1.5) if bits == 2 else np.float32(1 << (bits - 1)))
-    unit = np.float32(2) if bits == 1 else np.float32(1)
     for row in range(rows):
         unpack_row(packed[row], bits, codes)
         for g in range(scales.shape[1]):
-            step = bf16_value(scales[row, g])
-            for i in range(g * group, min(columns, g * group + group)):
-                out[row, i] = (unit * np.float32(codes[i]) - zero) * step
+            at = slice(g * group, min(columns, g * group + group))
+            step, code, line = bf16_value(scales[row, g]), codes[at], out[row, at]
+            for i in range(line.size):
+                line[i] = _level(code[i], bits) * step
+
+
+@njit(nogil=True, cache=True)
+def synthesize(packed, scales, bits, group, base, out):
+    """decode and floats.synthesize in one pass over bf16: uint16 base [rows, in] -> uint16 out, round(base + value)."""
+    rows, columns = out.shape
+    codes = np.empty(columns, np.uint8)
+    for row in range(rows):
+        unpack_row(packed[row], bits, codes)
+        for g in range(scales.shape[1]):
+            at = slice(g * group, min(columns, g * group + group))
+            step, code, before, line = bf16_value(scales[row, g]), codes[at], base[row, at], out[row, at]
+            for i in range(line.size):
+                line[i] = bf16_bits(bf16_value(before[i]) + _level(code[i], bits) * step)

@@ -7,6 +7,7 @@ import numpy as np
 from numba import njit
 
 from ..counter_rng import fill
+from ..packing import unpack_bitmap
 
 _ABS = np.uint32(0x7FFFFFFF)
 
@@ -80,6 +81,33 @@ def largest_of_blocks(keys, n, m, columns):
                 if ahead < n:
                     columns[row, at] = i
                     at += 1
+
+
+@njit(nogil=True, cache=True)
+def columns_of_blocks(bitmap, width, n, m, columns):
+    """uint8 [rows, ceil(in / 8)] -> the columns of its bits, int32 [rows, kept]; -1, or the first row that has not n of every
+    m (of a shorter tail min(n, tail)), or bits past its width."""
+    bad, _ = unpack_bitmap(bitmap, width, columns)
+    for row in range(bitmap.shape[0] if bad < 0 else bad):
+        line, wrong, begin = columns[row], False, 0
+        for first in range(0, line.size, n):  # n entries belong to a block
+            for i in range(first, min(first + n, line.size)):
+                wrong |= (line[i] < begin) | (line[i] >= begin + m)
+            begin += m
+        if wrong:
+            return row
+    return bad
+
+
+@njit(nogil=True, cache=True)
+def scatter(columns, values, out):
+    """int32 [rows, k], fp32 [rows, k] -> fp32 out [rows, in], zeros elsewhere; column `in` is none."""
+    for row in range(out.shape[0]):
+        line, at, value = out[row], columns[row], values[row]
+        line[:] = np.float32(0)
+        for i in range(at.size):
+            if at[i] < line.size:
+                line[at[i]] = value[i]
 
 
 def magnitudes(delta: np.ndarray) -> np.ndarray:

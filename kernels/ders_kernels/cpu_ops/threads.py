@@ -1,0 +1,25 @@
+"""One compiled task on all of torch's threads: it releases the interpreter lock, so Python's own threads will do."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import torch
+
+
+def share(task: Callable[[int, int], object], count: int, most: int | None = None) -> None:
+    """task(first, last) for consecutive parts of 0..count-1, one for each of torch's threads (at most `most`)."""
+    threads = min(torch.get_num_threads(), count, most or count)
+    if threads <= 1:
+        task(0, count)
+        return
+    bounds = [count * i // threads for i in range(threads + 1)]
+    others = [_pool(threads - 1).submit(task, a, b) for a, b in zip(bounds[1:-1], bounds[2:], strict=True)]
+    task(bounds[0], bounds[1])
+    for other in others:
+        other.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "ders")

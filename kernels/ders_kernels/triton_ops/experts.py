@@ -1,0 +1,84 @@
+"""The two elementwise steps of a layer whose bases and deltas were multiplied apart (method, section 4).
+
+    h_k = act(x Bg' + x Dg_k') * (x Bu' + x Du_k')  and  m = sum_k g_k h_k          `activate`
+    y   = m Bd' + sum_k g_k (h_k Dd_k')                                            `combine`
+"""
+
+import triton
+import triton.language as tl
+
+from .config import Config
+from .tiles import narrow
+
+CONFIG = Config(1, 1024, 0, 4, 1)
+
+
+@triton.jit
+def activated(value, NAME: tl.constexpr):
+    """fp32, by the names of reference.ACTIVATIONS."""
+    if NAME == "silu":
+        return value / (1 + tl.exp(-value))
+    elif NAME == "gelu":
+        return 0.5 * value * (1 + tl.erf(value * 0.7071067811865476))
+    elif NAME == "gelu_tanh":
+        inner = 0.7978845608028654 * (value + 0.044715 * value * value * value)
+        return value / (1 + tl.exp(-2 * inner))  # 1 + tanh(z) = 2 / (1 + exp(-2z))
+    else:
+        return tl.maximum(value, 0)
+
+
+@triton.jit
+def activate(
+    gate_base, gate_pairs, up_base, up_pairs, index, gates, hidden, mixed, inner, experts, k,
+    NAME: tl.constexpr, GATED: tl.constexpr, BASE: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """*_base [T, inner] if BASE, plus *_pairs fp32 [T * k, inner] if PAIRS; index int64 [T, k], gates [T, k]
+    -> hidden [T * k, inner]; if BASE, mixed [T, inner].
+
+    A program has one token and ROWS of its columns. Pairs whose expert isn't there add nothing.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    inside = row < inner
+    up_once = tl.zeros((ROWS,), tl.float32)
+    gate_once = tl.zeros((ROWS,), tl.float32)
+    if BASE:
+        up_once += tl.load(up_base + token * inner + row, mask=inside, other=0).to(tl.float32)
+        if GATED:
+            gate_once += tl.load(gate_base + token * inner + row, mask=inside, other=0).to(tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for place in range(0, k):
+        pair = token * k + place
+        expert = tl.load(index + pair)
+        there = inside & (expert >= 0) & (expert < experts)
+        up, gate = up_once, gate_once
+        if PAIRS:
+            up += tl.load(up_pairs + pair * inner + row, mask=there, other=0)
+            if GATED:
+                gate += tl.load(gate_pairs + pair * inner + row, mask=there, other=0)
+        value = activated(gate, NAME) * up if GATED else activated(up, NAME)
+        tl.store(hidden + pair * inner + row, narrow(value, hidden.dtype.element_ty), mask=there)
+        total += tl.where(there, tl.load(gates + pair).to(tl.float32) * value, 0)
+    if BASE:
+        tl.store(mixed + token * inner + row, narrow(total, mixed.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def combine(
+    base, pairs, index, gates, y, out, experts, k, BASE: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr
+):
+    """base [T, out] if BASE, pairs fp32 [T * k, out] if PAIRS -> y [T, out] = base + the token's sum of gate * pair."""
+    token = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    inside = row < out
+    total = tl.zeros((ROWS,), tl.float32)
+    if BASE:
+        total += tl.load(base + token * out + row, mask=inside, other=0).to(tl.float32)
+    if PAIRS:
+        for place in range(0, k):
+            pair = token * k + place
+            expert = tl.load(index + pair)
+            there = inside & (expert >= 0) & (expert < experts)
+            value = tl.load(pairs + pair * out + row, mask=there, other=0)
+            total += tl.where(there, tl.load(gates + pair).to(tl.float32) * value, 0)
+    tl.store(y + token * out + row, narrow(total, y.dtype.element_ty), mask=inside)

@@ -1,0 +1,132 @@
+"""Kept entries whose positions are a bitmap (N:M, top) or are drawn again (drop): y = x @ D.T.
+
+A program has whole rows of D. It goes through them from left to right with a count of the entries kept so far, so the
+n-th kept entry finds its value, the n-th of the row's, and no position is ever read: 1 bit a weight for a bitmap, none
+for drop, whose mask is the counter generator's. An entry is kept if its draw is above the row's threshold, the k-th
+largest draw; thresholds are worked out once (`drop_threshold`), 8 bytes a row.
+"""
+
+import triton
+import triton.language as tl
+
+from .config import Config
+from .tiles import block_of, code_at, draw_tile, level, narrow, operand, store_sums
+
+CONFIGS = (Config(16, 32, 128, 4, 3), Config(64, 64, 64, 4, 3))
+LONGEST = 1 << 15  # columns whose draws one program of `drop_threshold` holds
+
+
+@triton.jit
+def kept_tile(
+    source, key, threshold, values, scale, expert, row, first, before, out, width, kept, row_bytes, value_bytes, groups,
+    DRAWN: tl.constexpr, ALIGNED: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Columns first ... of D, fp32 [rows, COLUMNS], and `before` [rows], entries kept so far, counted on."""
+    column = first + tl.arange(0, COLUMNS)
+    inside = (row[:, None] < out) & (column[None, :] < width)
+    matrix_row = expert * out + row
+    if DRAWN:
+        drawn = draw_tile(key, row.to(tl.int64), width, first, COLUMNS, ALIGNED)
+        least = tl.load(threshold + matrix_row * 2, mask=row < out, other=0).to(tl.uint32, bitcast=True)[:, None]
+        last_tie = tl.load(threshold + matrix_row * 2 + 1, mask=row < out, other=0)[:, None]
+        mask = inside & ((drawn > least) | ((drawn == least) & (column[None, :] <= last_tie)))
+    else:
+        byte = tl.load(source + matrix_row[:, None] * row_bytes + column[None, :] // 8, mask=inside, other=0)
+        mask = inside & (((byte.to(tl.int32) >> (column[None, :] % 8)) & 1) != 0)
+    count = mask.to(tl.int32)
+    place = before[:, None] + tl.cumsum(count, axis=1) - count
+    value = kept_value(values, scale, matrix_row, place, mask, kept, value_bytes, groups, BITS, GROUP)
+    return value, before + tl.sum(count, axis=1)
+
+
+@triton.jit
+def kept_value(
+    values, scale, matrix_row, place, mask, kept, value_bytes, groups, BITS: tl.constexpr, GROUP: tl.constexpr
+):
+    """Value number `place` of the rows [rows, n], fp32, 0 outside the mask; BITS 0: stored as bf16, else as integers."""
+    if BITS == 0:
+        return tl.load(values + matrix_row[:, None] * kept + place, mask=mask, other=0).to(tl.float32)
+    else:
+        code = code_at(values + matrix_row[:, None] * value_bytes, place, mask, BITS)
+        factor = tl.load(scale + matrix_row[:, None] * groups + place // GROUP, mask=mask, other=0).to(tl.float32)
+        return tl.where(mask, level(code, BITS) * factor, 0)
+
+
+@triton.jit
+def kept_product(
+    x, source, keys, threshold, values, scale, y, pairs, block_expert, block_first, block_end, divisor,
+    out, width, kept, row_bytes, value_bytes, groups,
+    DRAWN: tl.constexpr, ALIGNED: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ADD: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """x [*, width] -> y fp32 [pairs, out].
+
+    source: bitmap uint8 [E, out, row_bytes]; or, DRAWN, keys int64 [E] and threshold int32 [E, out, 2]. values bf16
+    [E, out, kept], or codes uint8 [E, out, value_bytes] with scale bf16 [E, out, groups].
+    """
+    expert, pair, x_row, there = block_of(block_expert, block_first, block_end, pairs, divisor, TOKENS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    key = tl.load(keys + expert) if DRAWN else 0
+    before = tl.zeros((ROWS,), tl.int32)
+    acc = tl.zeros((ROWS, TOKENS), tl.float32)
+    for first in range(0, width, COLUMNS):
+        change, before = kept_tile(
+            source, key, threshold, values, scale, expert, row, first, before, out, width, kept, row_bytes, value_bytes,
+            groups, DRAWN, ALIGNED, BITS, GROUP, COLUMNS,
+        )  # fmt: skip
+        column = first + tl.arange(0, COLUMNS)
+        inputs = tl.load(x + x_row[None, :] * width + column[:, None], mask=there[None, :] & (column[:, None] < width), other=0)
+        acc = tl.dot(operand(change, x.dtype.element_ty, WIDE), operand(inputs, x.dtype.element_ty, WIDE), acc, input_precision="ieee")
+    store_sums(y, acc, pair, there, row, out, ADD)
+
+
+@triton.jit
+def kept_weight(
+    base, weight, source, keys, threshold, values, scale, expert, out, width, kept, row_bytes, value_bytes, groups,
+    DRAWN: tl.constexpr, ALIGNED: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """base [out, width] and one expert's entries -> weight = round(base + D) of the base's dtype."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    expert = tl.zeros((), tl.int64) + expert
+    key = tl.load(keys + expert) if DRAWN else 0
+    before = tl.zeros((ROWS,), tl.int32)
+    for first in range(0, width, COLUMNS):
+        change, before = kept_tile(
+            source, key, threshold, values, scale, expert, row, first, before, out, width, kept, row_bytes, value_bytes,
+            groups, DRAWN, ALIGNED, BITS, GROUP, COLUMNS,
+        )  # fmt: skip
+        column = first + tl.arange(0, COLUMNS)
+        at = row[:, None].to(tl.int64) * width + column[None, :]
+        inside = (row[:, None] < out) & (column[None, :] < width)
+        stored = tl.load(base + at, mask=inside, other=0).to(tl.float32)
+        tl.store(weight + at, narrow(stored + change, weight.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def drop_threshold(keys, threshold, out, width, kept, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
+    """keys int64 [E] -> threshold int32 [E, out, 2]: the kept-th largest draw of each row (its bits), and the last column
+    that is kept of those with just this draw. A program has whole rows; both by bisection, from the highest bit down."""
+    expert = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    drawn = draw_tile(tl.load(keys + expert), row, width, 0, COLUMNS, ALIGNED)
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = column < width
+    least = tl.zeros((ROWS,), tl.uint32)
+    bit = tl.full((ROWS,), 1 << 31, tl.uint32)
+    for _ in range(32):
+        tried = least | bit
+        enough = tl.sum((inside & (drawn >= tried[:, None])).to(tl.int32), axis=1) >= kept
+        least = tl.where(enough, tried, least)
+        bit = bit >> 1
+    tie = inside & (drawn == least[:, None])
+    wanted = kept - tl.sum((inside & (drawn > least[:, None])).to(tl.int32), axis=1)
+    last = tl.zeros((ROWS,), tl.int32) - 1
+    step = COLUMNS
+    while step > 0:  # the largest `last` up to which there are fewer ties than wanted
+        fewer = tl.sum((tie & (column <= (last + step)[:, None])).to(tl.int32), axis=1) < wanted
+        last = tl.where(fewer, last + step, last)
+        step = step // 2
+    at = threshold + (expert * out + row) * 2
+    tl.store(at, least.to(tl.int32, bitcast=True), mask=row < out)
+    tl.store(at + 1, last + 1, mask=row < out)

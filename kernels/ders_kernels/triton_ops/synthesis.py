@@ -1,0 +1,49 @@
+"""W = round(fp32(B) + D) for integers and low rank: the bits of `ders restore`. The other two are in kept.py, elias_fano.py."""
+
+import triton
+import triton.language as tl
+
+from .config import Config
+from .tiles import code_at, level, narrow
+
+CONFIG = Config(0, 16, 256, 4, 2)
+
+
+@triton.jit
+def int_weight(
+    base, weight, codes, scale, expert, out, width, row_bytes, groups,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """base [out, width], codes uint8 [E, out, row_bytes], scale bf16 [E, out, groups] -> weight [out, width]."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row[:, None] < out) & (column[None, :] < width)
+    matrix_row = (tl.zeros((), tl.int64) + expert) * out + row
+    code = code_at(codes + matrix_row[:, None] * row_bytes, column[None, :], inside, BITS)
+    factor = tl.load(scale + matrix_row[:, None] * groups + column[None, :] // GROUP, mask=inside, other=0).to(tl.float32)
+    at = row[:, None].to(tl.int64) * width + column[None, :]
+    stored = tl.load(base + at, mask=inside, other=0).to(tl.float32)
+    tl.store(weight + at, narrow(stored + level(code, BITS) * factor, weight.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def low_rank_weight(
+    base, weight, left, right, expert, out, width, rank, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """left [E, out, rank], right [E, rank, width]: summed from rank 0 up, as the codec decodes.
+
+    A product of two bf16 is exact in fp32, so fusing it with the addition changes nothing; of wider factors it does.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there_row, there_column = row < out, column < width
+    matrix = tl.zeros((), tl.int64) + expert
+    change = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for one in range(0, rank):
+        factor = tl.load(left + (matrix * out + row) * rank + one, mask=there_row, other=0).to(tl.float32)
+        other = tl.load(right + (matrix * rank + one) * width + column, mask=there_column, other=0).to(tl.float32)
+        change += factor[:, None] * other[None, :]
+    at = row[:, None].to(tl.int64) * width + column[None, :]
+    inside = there_row[:, None] & there_column[None, :]
+    stored = tl.load(base + at, mask=inside, other=0).to(tl.float32)
+    tl.store(weight + at, narrow(stored + change, weight.dtype.element_ty), mask=inside)

@@ -1,7 +1,7 @@
 """The operations of dispatch.py on the CPU: short products where a delta has one, else blocks of D or W and torch's own.
 
 What is worked out from a delta (codes in a kernel's order, columns) is kept with it, by `once`. A codec's decoding has the
-bits of reference.py; sums are fp32.
+bits of reference.py; sums are fp32. Where D is made for a product it is rounded to x's dtype, as W would be.
 """
 
 import torch
@@ -31,7 +31,7 @@ def delta_matmul(x: Tensor, delta: Delta, expert: int) -> Tensor:
     """See dispatch.py."""
     if short.pays(delta, x.dtype, x.shape[0]):
         return short.products(x, delta, [expert], [x.shape[0]])
-    return blocks.delta_product(x, delta, expert)
+    return blocks.whole_products(x, None, delta, [expert], [x.shape[0]])
 
 
 @torch.no_grad()

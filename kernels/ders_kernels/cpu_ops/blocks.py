@@ -1,14 +1,17 @@
 """Where there is no short way: W or D made in blocks of rows that caches hold, each used before the next is made."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ..deltas import Delta, Projection
+from ..deltas import Delta
 from . import decode
 from .threads import share
 
-WEIGHTS = 1 << 20  # of a block: 2 MB of bf16
-TASK = 1 << 15  # weights that are worth waking a thread (10 us)
+WEIGHTS = 1 << 21  # of a block: 4 MB of bf16
+STEP = 1 << 18  # weights that are decoded in one call, some codecs' by way of fp32
+TASK = 1 << 19  # weights that are worth waking a thread (60 us)
 
 
 def synthesize(base: Tensor, delta: Delta, expert: int) -> Tensor:
@@ -18,45 +21,33 @@ def synthesize(base: Tensor, delta: Delta, expert: int) -> Tensor:
     return weight
 
 
-def whole_product(x: Tensor, projection: Projection, expert: int) -> Tensor:
-    """x [T, in] -> x @ W.T [T, out] in x's dtype"""
-    base, delta = projection.base, projection.delta
-    if delta is None:
-        return x @ base.T.to(x.dtype)
-    out, step = x.new_empty(x.shape[0], base.shape[0]), _rows(base.shape)
-    weight = torch.empty(min(step, base.shape[0]), base.shape[1], dtype=base.dtype)
-    for first in range(0, base.shape[0], step):
-        block = weight[: base.shape[0] - first]
-        _fill(base, delta, expert, first, block)
-        out[:, first : first + step] = x @ block.T.to(x.dtype)
-    return out
+def whole_products(
+    x: Tensor, base: Tensor | None, delta: Delta, experts: Sequence[int], counts: Sequence[int]
+) -> Tensor:
+    """x [pairs, in], experts and counts as in pairs.py -> x_p @ W.T [pairs, out] in x's dtype, W rounded to the base's.
 
-
-def delta_product(x: Tensor, delta: Delta, expert: int) -> Tensor:
-    """x [T, in] -> x @ D.T [T, out] in x's dtype; D and the sums are fp32."""
-    _, rows, width = delta.shape
-    out, wide, step = x.new_empty(x.shape[0], rows), x.float(), _rows((rows, width))
+    A block of the base serves all experts while it is in a cache. Without a base: x_p @ D.T, D rounded to x's dtype.
+    """
+    (_, rows, width), kind = delta.shape, x.dtype if base is None else base.dtype
+    each, out, step = x.split(list(counts)), x.new_empty(x.shape[0], rows), max(1, WEIGHTS // max(1, width))
+    weight = torch.empty(min(step, rows), width, dtype=kind)
+    nothing = torch.zeros_like(weight) if base is None else None
     for first in range(0, rows, step):
-        block = torch.empty(min(step, rows - first), width)
-
-        def some(a: int, b: int, first: int = first, block: Tensor = block) -> None:
-            block[a:b] = torch.from_numpy(decode.rows(delta, expert, first + a, first + b))
-
-        share(some, block.shape[0], block.numel() // TASK)
-        out[:, first : first + step] = wide @ block.T
+        block = weight[: rows - first]
+        before = base[first : first + step] if nothing is None else nothing[: rows - first]
+        for own, y, expert in zip(each, out[:, first : first + step].split(list(counts)), experts, strict=True):
+            _fill(before, delta, expert, first, block)
+            y.copy_(own @ block.T.to(x.dtype))
     return out
 
 
 def _fill(base: Tensor, delta: Delta, expert: int, first: int, weight: Tensor) -> None:
-    """W's rows from `first` on, into weight [rows, in], on all threads, in steps that a core's cache holds."""
-    step = max(1, TASK * 4 // max(1, base.shape[1]))
+    """W's rows from `first` on, of which base has these only, into weight [rows, in]; on all threads."""
+    step = max(1, STEP // max(1, base.shape[1]))
 
-    def some(a: int, b: int) -> None:
-        for row in range(a, b, step):
-            decode.synthesize(base, delta, expert, first + row, weight[row : min(row + step, b)])
+    def some(begin: int, end: int) -> None:
+        for row in range(begin, end, step):
+            at = slice(row, min(row + step, end))
+            decode.synthesize(base[at], delta, expert, first + row, weight[at])
 
     share(some, weight.shape[0], weight.numel() // TASK)
-
-
-def _rows(shape: tuple[int, ...]) -> int:
-    return max(1, WEIGHTS // max(1, shape[1]))

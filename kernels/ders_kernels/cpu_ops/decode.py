@@ -7,7 +7,11 @@ from torch import Tensor
 from ..deltas import Delta, Ints, Kept, LowRank, Sum
 from . import floats, ints, lowrank, scattered, select
 
-STORED = {torch.bfloat16: ("BF16", torch.uint16), torch.float16: ("F16", torch.uint16), torch.float32: ("F32", torch.uint32)}
+STORED = {
+    torch.bfloat16: ("BF16", torch.uint16),
+    torch.float16: ("F16", torch.uint16),
+    torch.float32: ("F32", torch.uint32),
+}
 
 
 def bits_of(tensor: Tensor) -> np.ndarray:
@@ -37,13 +41,13 @@ def rows(delta: Delta, expert: int, first: int, last: int) -> np.ndarray:
 
 
 def synthesize(base: Tensor, delta: Delta, expert: int, first: int, out: Tensor) -> None:
-    """W of the rows from `first` on, written to out [rows, in]; base [all rows, in] of the same dtype."""
-    last = first + out.shape[0]
-    before, after, kind = bits_of(base[first:last]), bits_of(out), STORED[base.dtype][0]
+    """Some rows of the base, from `first` on, and their D -> round(B + D), written to out; both [rows, in] of one dtype."""
+    last, kind = first + out.shape[0], STORED[base.dtype][0]
     if isinstance(delta, Ints) and kind == "BF16":
-        ints.synthesize(*_of_rows(delta, expert, first, last), delta.bits, delta.group, before, after)
+        codes, scale = _of_rows(delta, expert, first, last)
+        ints.synthesize(codes, scale, delta.bits, delta.group, bits_of(base), bits_of(out))
     else:
-        after[:] = floats.synthesize(before, rows(delta, expert, first, last), kind)
+        bits_of(out)[:] = floats.synthesize(bits_of(base), rows(delta, expert, first, last), kind)
 
 
 def _of_rows(delta: Ints, expert: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:

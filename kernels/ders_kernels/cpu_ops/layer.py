@@ -9,7 +9,7 @@ from torch import Tensor
 from ..deltas import Projection
 from ..reference import ACTIVATIONS
 from . import short
-from .blocks import whole_product
+from .blocks import whole_products
 
 BUNDLE = 512  # pairs whose activations are made in one call: more would leave the caches
 
@@ -59,7 +59,7 @@ def moe_forward(
 def _product(projection: Projection, x: Tensor, b: Bundle, base: Tensor | None) -> Tensor:
     """x [pairs, in] -> x_p @ W.T [pairs, out]; base: the tokens' x @ B.T, or None: whole."""
     if base is None:
-        return short.each(x, b.experts, b.counts, lambda own, expert: whole_product(own, projection, expert))
+        return whole_products(x, projection.base, projection.delta, b.experts, b.counts)
     y = base[b.tokens]
     return y + short.products(x, projection.delta, b.experts, b.counts) if projection.delta else y
 

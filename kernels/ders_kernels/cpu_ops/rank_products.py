@@ -12,6 +12,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from .decode import bits_of
 from .floats import bf16_bits, bf16_value
 from .pairs import of_pairs
 
@@ -21,12 +22,8 @@ def products(x: Tensor, left: Tensor, right: Tensor, experts: Sequence[int], cou
     [pairs, out]."""
     numbers, starts = of_pairs(experts, counts)
     out = torch.empty(x.shape[0], left.shape[1], dtype=torch.bfloat16)
-    _products(x.float().numpy(), _bits(left), _bits(right), numbers, starts, _bits(out))
+    _products(bits_of(x), bits_of(left), bits_of(right), numbers, starts, bits_of(out))
     return out
-
-
-def _bits(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().contiguous().view(torch.uint16).numpy()
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
@@ -40,11 +37,13 @@ def _dot(bits, values):
 
 @njit(nogil=True, cache=True)
 def _products(x, left, right, experts, starts, out):
-    inner = np.empty(right.shape[1], np.float32)
+    inner, token = np.empty(right.shape[1], np.float32), np.empty(x.shape[1], np.float32)
     for which in range(experts.size):
         own_left, own_right = left[experts[which]], right[experts[which]]
         for pair in range(starts[which], starts[which + 1]):
+            for i in range(token.size):
+                token[i] = bf16_value(x[pair, i])
             for t in range(inner.size):
-                inner[t] = _dot(own_right[t], x[pair])
+                inner[t] = _dot(own_right[t], token)
             for row in range(own_left.shape[0]):
                 out[pair, row] = bf16_bits(_dot(own_left[row], inner))

@@ -1,21 +1,22 @@
 """x @ D.T without making D: which deltas have a short way here, and that way for all pairs of a layer.
 
-    int1, int2        lookups (tables.py) where the processor has them, else as the other integers
-    int8 ... int3     torch's 4-bit kernel (four_bits.py)
-    LowRank           two small products (rank_products.py, from FEW pairs of an expert on by torch)
-    Kept              a sparse matrix (scattered.py)
-    Sum               both, added
+int1, int2        lookups (tables.py) where the processor has them, else as the other integers
+int8 ... int3     torch's 4-bit kernel (four_bits.py)
+LowRank           two small products (rank_products.py, from FEW pairs of an expert on by torch)
+Kept              a sparse matrix (scattered.py)
+Sum               both, added
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..deltas import Delta, Ints, Kept, LowRank, Sum
+from ..deltas import Delta, Drawn, Ints, Kept, LowRank, Sum
 from . import decode, four_bits, rank_products, scattered, tables
 
-MANY = 24  # tokens of an expert from which decoding D or W costs less, but for low rank
+FEW_KEPT = 0.02  # share up to which the sparse product wins at any number of pairs
 FEW = 4  # pairs of an expert up to which one compiled call beats torch's two products (rank 16 and 64, [5632, 2048])
 
 
@@ -35,7 +36,19 @@ def refuses(delta: Delta, dtype: torch.dtype) -> str:
 
 def pays(delta: Delta, dtype: torch.dtype, tokens: float) -> bool:
     """Whether there is a short way that beats decoding; tokens: the mean number of an expert that has any."""
-    return not refuses(delta, dtype) and (isinstance(delta, LowRank) or tokens <= MANY)
+    return not refuses(delta, dtype) and tokens <= _many(delta)
+
+
+def _many(delta: Delta) -> float:
+    """Tokens of an expert from which decoding D or W costs less ([5632, 2048], two cores)."""
+    if isinstance(delta, Ints):
+        return 64 if delta.bits == 1 else 24 if delta.bits <= 4 else 12
+    if isinstance(delta, Sum):
+        return min(_many(delta.first), _many(delta.then))
+    # a draw for each weight makes decoding of `drop` cost 45 ms
+    if isinstance(delta, LowRank) or delta.kept <= FEW_KEPT * delta.width or isinstance(delta.positions, Drawn):
+        return math.inf
+    return 64
 
 
 def products(x: Tensor, delta: Delta, experts: Sequence[int], counts: Sequence[int]) -> Tensor:
@@ -59,9 +72,7 @@ def low_rank(x: Tensor, left: Tensor, right: Tensor, experts: Sequence[int], cou
     return each(x, experts, counts, lambda own, e: own @ right[e].T.to(x.dtype) @ left[e].T.to(x.dtype))
 
 
-def each(
-    x: Tensor, experts: Sequence[int], counts: Sequence[int], product: Callable[[Tensor, int], Tensor]
-) -> Tensor:
+def each(x: Tensor, experts: Sequence[int], counts: Sequence[int], product: Callable[[Tensor, int], Tensor]) -> Tensor:
     """product(an expert's rows of x, the expert) -> [pairs, out], one expert after the other."""
     parts = [product(own, e) for own, e in zip(x.split(list(counts)), experts, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -7,9 +7,9 @@ from functools import cache
 import torch
 
 
-def share(task: Callable[[int, int], object], count: int, most: int | None = None) -> None:
-    """task(first, last) for consecutive parts of 0..count-1, one for each of torch's threads (at most `most`)."""
-    threads = min(torch.get_num_threads(), count, most or count)
+def share(task: Callable[[int, int], object], count: int, worth: int | None = None) -> None:
+    """task(first, last) for consecutive parts of 0..count-1, one for each of torch's threads, or for the `worth` that pay."""
+    threads = min(torch.get_num_threads(), count, count if worth is None else max(1, worth))
     if threads <= 1:
         task(0, count)
         return

@@ -12,7 +12,7 @@ from . import products
 from .config import fitting
 from .kept import LONGEST
 from .layer import moe_forward
-from .pairs import one_expert
+from .pairs import OneExpert
 from .settings import INTERPRETED, wide
 from .weights import synthesize
 
@@ -40,11 +40,9 @@ def _refuses_delta(delta: Delta) -> str:
 
 def delta_matmul(x: Tensor, delta: Delta, expert: int) -> Tensor:
     """See dispatch.py."""
-    x, tokens = x.contiguous(), x.shape[0]
-    y = torch.empty((tokens, delta.shape[1]), dtype=torch.float32, device=x.device)
-    if tokens:
-        products.product(x, delta, lambda size: one_expert(expert, tokens, size, x.device), 1, tokens, y, False)
-    return y.to(x.dtype)
+    if not x.shape[0]:
+        return x.new_empty(0, delta.shape[1])
+    return products.product(products.Inputs(x, 1), delta, OneExpert(expert, x)).sum(0).to(x.dtype)
 
 
 def expert_gram(experts: Tensor) -> Tensor:

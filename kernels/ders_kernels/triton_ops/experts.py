@@ -1,7 +1,7 @@
 """The two elementwise steps of a layer whose bases and deltas were multiplied apart (method, section 4).
 
-    h_k = act(x Bg' + x Dg_k') * (x Bu' + x Du_k')  and  m = sum_k g_k h_k          `activate`
-    y   = m Bd' + sum_k g_k (h_k Dd_k')                                            `combine`
+h_k = act(x Bg' + x Dg_k') * (x Bu' + x Du_k')  and  m = sum_k g_k h_k          `activate`
+y   = m Bd' + sum_k g_k (h_k Dd_k')                                            `combine`
 """
 
 import triton
@@ -28,11 +28,21 @@ def activated(value, NAME: tl.constexpr):
 
 
 @triton.jit
+def split_sum(parts, splits, pairs, pair, width, row, there, ROWS: tl.constexpr):
+    """Row `pair` of parts [splits, pairs, width], summed over splits."""
+    total = tl.zeros((ROWS,), tl.float32)
+    for split in range(0, splits):
+        at = parts + (tl.zeros((), tl.int64) + split) * pairs * width + pair * width + row
+        total += tl.load(at, mask=there, other=0)
+    return total
+
+
+@triton.jit
 def activate(
-    gate_base, gate_pairs, up_base, up_pairs, index, gates, hidden, mixed, inner, experts, k,
+    gate_base, gate_pairs, up_base, up_pairs, index, gates, hidden, mixed, inner, experts, k, gate_splits, up_splits,
     NAME: tl.constexpr, GATED: tl.constexpr, BASE: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """*_base [T, inner] if BASE, plus *_pairs fp32 [T * k, inner] if PAIRS; index int64 [T, k], gates [T, k]
+    """*_base [T, inner] if BASE, plus *_pairs fp32 [splits, T * k, inner] if PAIRS; index int64 [T, k], gates [T, k]
     -> hidden [T * k, inner]; if BASE, mixed [T, inner].
 
     A program has one token and ROWS of its columns. Pairs whose expert isn't there add nothing.
@@ -53,9 +63,9 @@ def activate(
         there = inside & (expert >= 0) & (expert < experts)
         up, gate = up_once, gate_once
         if PAIRS:
-            up += tl.load(up_pairs + pair * inner + row, mask=there, other=0)
+            up += split_sum(up_pairs, up_splits, tl.num_programs(0) * k, pair, inner, row, there, ROWS)
             if GATED:
-                gate += tl.load(gate_pairs + pair * inner + row, mask=there, other=0)
+                gate += split_sum(gate_pairs, gate_splits, tl.num_programs(0) * k, pair, inner, row, there, ROWS)
         value = activated(gate, NAME) * up if GATED else activated(up, NAME)
         tl.store(hidden + pair * inner + row, narrow(value, hidden.dtype.element_ty), mask=there)
         total += tl.where(there, tl.load(gates + pair).to(tl.float32) * value, 0)
@@ -64,10 +74,8 @@ def activate(
 
 
 @triton.jit
-def combine(
-    base, pairs, index, gates, y, out, experts, k, BASE: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr
-):
-    """base [T, out] if BASE, pairs fp32 [T * k, out] if PAIRS -> y [T, out] = base + the token's sum of gate * pair."""
+def combine(base, pairs, index, gates, y, out, experts, k, splits, BASE: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr):
+    """base [T, out] if BASE, pairs fp32 [splits, T * k, out] if PAIRS -> y [T, out] = base + the token's sum of gate * pair."""
     token = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = row < out
@@ -79,6 +87,6 @@ def combine(
             pair = token * k + place
             expert = tl.load(index + pair)
             there = inside & (expert >= 0) & (expert < experts)
-            value = tl.load(pairs + pair * out + row, mask=there, other=0)
+            value = split_sum(pairs, splits, tl.num_programs(0) * k, pair, out, row, there, ROWS)
             total += tl.where(there, tl.load(gates + pair).to(tl.float32) * value, 0)
     tl.store(y + token * out + row, narrow(total, y.dtype.element_ty), mask=inside)

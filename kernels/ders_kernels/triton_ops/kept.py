@@ -10,10 +10,29 @@ import triton
 import triton.language as tl
 
 from .config import Config
-from .tiles import block_of, code_at, draw_tile, level, narrow, operand, store_sums
+from .tiles import block_of, code_at, draw_tile, is_empty, level, narrow, operand, store_sums
 
-CONFIGS = (Config(16, 32, 128, 4, 3), Config(64, 64, 64, 4, 3))
+CONFIGS = (Config(16, 16, 128, 4, 1), Config(64, 64, 32, 4, 1))
+COLUMNS_CONFIG = Config(0, 16, 128, 4, 1)
 LONGEST = 1 << 15  # columns whose draws one program of `drop_threshold` holds
+
+
+@triton.jit
+def kept_mask(
+    source, key, threshold, matrix_row, row, first, out, width, row_bytes,
+    DRAWN: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Which of the columns first ... are kept, [rows, COLUMNS]."""
+    column = first + tl.arange(0, COLUMNS)
+    inside = (row[:, None] < out) & (column[None, :] < width)
+    if DRAWN:
+        drawn = draw_tile(key, row.to(tl.int64), width, first, COLUMNS, ALIGNED)
+        least = tl.load(threshold + matrix_row * 2, mask=row < out, other=0).to(tl.uint32, bitcast=True)[:, None]
+        last_tie = tl.load(threshold + matrix_row * 2 + 1, mask=row < out, other=0)[:, None]
+        return inside & ((drawn > least) | ((drawn == least) & (column[None, :] <= last_tie)))
+    else:
+        byte = tl.load(source + matrix_row[:, None] * row_bytes + column[None, :] // 8, mask=inside, other=0)
+        return inside & (((byte.to(tl.int32) >> (column[None, :] % 8)) & 1) != 0)
 
 
 @triton.jit
@@ -22,21 +41,32 @@ def kept_tile(
     DRAWN: tl.constexpr, ALIGNED: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Columns first ... of D, fp32 [rows, COLUMNS], and `before` [rows], entries kept so far, counted on."""
-    column = first + tl.arange(0, COLUMNS)
-    inside = (row[:, None] < out) & (column[None, :] < width)
     matrix_row = expert * out + row
-    if DRAWN:
-        drawn = draw_tile(key, row.to(tl.int64), width, first, COLUMNS, ALIGNED)
-        least = tl.load(threshold + matrix_row * 2, mask=row < out, other=0).to(tl.uint32, bitcast=True)[:, None]
-        last_tie = tl.load(threshold + matrix_row * 2 + 1, mask=row < out, other=0)[:, None]
-        mask = inside & ((drawn > least) | ((drawn == least) & (column[None, :] <= last_tie)))
-    else:
-        byte = tl.load(source + matrix_row[:, None] * row_bytes + column[None, :] // 8, mask=inside, other=0)
-        mask = inside & (((byte.to(tl.int32) >> (column[None, :] % 8)) & 1) != 0)
+    mask = kept_mask(source, key, threshold, matrix_row, row, first, out, width, row_bytes, DRAWN, ALIGNED, COLUMNS)
     count = mask.to(tl.int32)
     place = before[:, None] + tl.cumsum(count, axis=1) - count
     value = kept_value(values, scale, matrix_row, place, mask, kept, value_bytes, groups, BITS, GROUP)
     return value, before + tl.sum(count, axis=1)
+
+
+@triton.jit
+def kept_columns(
+    source, keys, threshold, columns, out, width, kept, row_bytes,
+    DRAWN: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """-> columns int16 or int32 [E, out, kept]: where the kept entries of every expert stand (listed.py)."""
+    expert = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    matrix_row = expert * out + row
+    key = tl.load(keys + expert) if DRAWN else 0
+    before = tl.zeros((ROWS,), tl.int32)
+    for first in range(0, width, COLUMNS):
+        mask = kept_mask(source, key, threshold, matrix_row, row, first, out, width, row_bytes, DRAWN, ALIGNED, COLUMNS)
+        count = mask.to(tl.int32)
+        place = before[:, None] + tl.cumsum(count, axis=1) - count
+        column = first + tl.arange(0, COLUMNS)[None, :] + tl.zeros_like(place)
+        tl.store(columns + matrix_row[:, None] * kept + place, column.to(columns.dtype.element_ty), mask=mask)
+        before += tl.sum(count, axis=1)
 
 
 @triton.jit
@@ -55,15 +85,17 @@ def kept_value(
 @triton.jit
 def kept_product(
     x, source, keys, threshold, values, scale, y, pairs, block_expert, block_first, block_end, divisor,
-    out, width, kept, row_bytes, value_bytes, groups,
+    split_stride, out, width, kept, row_bytes, value_bytes, groups,
     DRAWN: tl.constexpr, ALIGNED: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ADD: tl.constexpr, WIDE: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """x [*, width] -> y fp32 [pairs, out].
+    """x [*, width] -> y fp32 [1, pairs, out].
 
     source: bitmap uint8 [E, out, row_bytes]; or, DRAWN, keys int64 [E] and threshold int32 [E, out, 2]. values bf16
     [E, out, kept], or codes uint8 [E, out, value_bytes] with scale bf16 [E, out, groups].
     """
+    if is_empty(block_first, block_end):
+        return
     expert, pair, x_row, there = block_of(block_expert, block_first, block_end, pairs, divisor, TOKENS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     key = tl.load(keys + expert) if DRAWN else 0
@@ -75,9 +107,16 @@ def kept_product(
             groups, DRAWN, ALIGNED, BITS, GROUP, COLUMNS,
         )  # fmt: skip
         column = first + tl.arange(0, COLUMNS)
-        inputs = tl.load(x + x_row[None, :] * width + column[:, None], mask=there[None, :] & (column[:, None] < width), other=0)
-        acc = tl.dot(operand(change, x.dtype.element_ty, WIDE), operand(inputs, x.dtype.element_ty, WIDE), acc, input_precision="ieee")
-    store_sums(y, acc, pair, there, row, out, ADD)
+        inputs = tl.load(
+            x + x_row[None, :] * width + column[:, None], mask=there[None, :] & (column[:, None] < width), other=0
+        )
+        acc = tl.dot(
+            operand(change, x.dtype.element_ty, WIDE),
+            operand(inputs, x.dtype.element_ty, WIDE),
+            acc,
+            input_precision="ieee",
+        )
+    store_sums(y, acc, pair, there, row, out, split_stride)
 
 
 @triton.jit

@@ -1,17 +1,18 @@
 """A layer of experts: bases once for a token, deltas for each of its pairs; or, for many tokens, whole experts.
 
 Few tokens of an expert (decode) read memory, and a base and light deltas are fewer bytes than whole experts. Many
-tokens (prefill) compute, and then base and delta apart are two products in place of one: integers are added to the
-base in registers, other codecs in memory, an expert at a time. Low rank is apart at any number.
+tokens (prefill) compute, and then base and delta apart are two products in place of one, so an expert after the other
+is synthesised and multiplied by the vendor's own product. (Added in the registers of one kernel, base and int4 took
+longer than both.) Low rank is apart at any number.
 """
 
 import torch
 from torch import Tensor
 
-from ..deltas import Ints, LowRank, Projection
+from ..deltas import LowRank, Projection
 from . import experts as steps
 from .pairs import Blocks, by_expert
-from .products import int_whole_product, product
+from .products import Inputs, product
 from .weights import synthesize
 
 MANY = 64  # mean tokens of an expert from which experts are whole
@@ -31,12 +32,13 @@ def moe_forward(
     (tokens, k), inner = index.shape, up.base.shape[0]
     deltas = [p.delta for p in (gate, up, down) if p is not None and p.delta is not None]
     experts = deltas[0].shape[0] if deltas else EVERY
-    pairs = _Pairs(x, index.contiguous(), experts)
+    pairs = _Pairs(index.contiguous(), experts)
     whole = bool(deltas) and pairs.mean >= MANY and not all(isinstance(delta, LowRank) for delta in deltas)
     gates = gates.contiguous()
 
-    ups = pairs.products(x, up, k, whole)
-    gated = pairs.products(x, gate, k, whole) if gate else None
+    inputs = Inputs(x, k)
+    ups = pairs.products(inputs, up, whole)
+    gated = pairs.products(inputs, gate, whole) if gate else None
     up_base = None if whole else _base_product(x, up)
     gate_base = None if whole or not gate else _base_product(x, gate)
     hidden = torch.empty((tokens * k, inner), dtype=x.dtype, device=x.device)
@@ -44,13 +46,14 @@ def moe_forward(
     rows = steps.CONFIG.rows
     steps.activate[(tokens, -(-inner // rows))](
         _or(gate_base, x), _or(gated, x), _or(up_base, x), _or(ups, x), pairs.index, gates, hidden, mixed, inner, experts, k,
+        _parts(gated), _parts(ups),
         NAME=activation, GATED=gate is not None, BASE=not whole, PAIRS=bool(deltas), ROWS=rows, **steps.CONFIG.launch(),
     )  # fmt: skip
-    downs = pairs.products(hidden, down, 1, whole)
+    downs = pairs.products(Inputs(hidden, 1), down, whole)
     base = None if whole else _base_product(mixed, down)
     y = torch.empty((tokens, down.base.shape[0]), dtype=x.dtype, device=x.device)
     steps.combine[(tokens, -(-y.shape[1] // rows))](
-        _or(base, x), _or(downs, x), pairs.index, gates, y, y.shape[1], experts, k,
+        _or(base, x), _or(downs, x), pairs.index, gates, y, y.shape[1], experts, k, _parts(downs),
         BASE=not whole, PAIRS=downs is not None, ROWS=rows, **steps.CONFIG.launch(),
     )  # fmt: skip
     return y
@@ -61,6 +64,10 @@ def _base_product(x: Tensor, projection: Projection) -> Tensor:
     return x @ projection.base.to(x.dtype).T
 
 
+def _parts(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.shape[0]
+
+
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     """What stands in an argument that the kernel doesn't read."""
     return other if tensor is None else tensor
@@ -69,8 +76,8 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
 class _Pairs:
     """The pairs of token and expert of one call; blocks of them are made once for each size."""
 
-    def __init__(self, x: Tensor, index: Tensor, experts: int):
-        self.x, self.index, self.experts = x, index, experts
+    def __init__(self, index: Tensor, experts: int):
+        self.index, self.experts, self.pairs = index, experts, index.numel()
         self.mean = index.numel() / max(1, min(experts, index.numel()))
         self._made: dict[int, Blocks] = {}
 
@@ -79,25 +86,19 @@ class _Pairs:
             self._made[size] = by_expert(self.index, self.experts, size)
         return self._made[size]
 
-    def products(self, values: Tensor, projection: Projection, divisor: int, whole: bool) -> Tensor | None:
-        """values [*, in] -> fp32 [pairs, out] with row pair // divisor of them: x @ D.T, or x @ W.T if `whole`."""
-        delta, base = projection.delta, projection.base
-        if delta is None and not whole:
-            return None
-        y = torch.empty((self.index.numel(), base.shape[0]), dtype=torch.float32, device=self.x.device)
-        if not whole:
-            product(values, delta, self.blocks, divisor, self.mean, y, False)
-        elif isinstance(delta, Ints):
-            int_whole_product(values, base, delta, self.blocks, divisor, self.mean, y)
-        else:
-            self._in_memory(values, projection, divisor, y)
-        return y
+    def products(self, inputs: Inputs, projection: Projection, whole: bool) -> Tensor | None:
+        """fp32 [parts, pairs, out]: x @ D.T, or x @ W.T if `whole`; None where D is 0."""
+        if whole:
+            return self._synthesized(inputs, projection)
+        return None if projection.delta is None else product(inputs, projection.delta, self)
 
-    def _in_memory(self, values: Tensor, projection: Projection, divisor: int, y: Tensor) -> None:
-        """Experts one after the other, each synthesised for its product. Waits for the device, to know who has tokens."""
-        flat = self.index.reshape(-1)
+    def _synthesized(self, inputs: Inputs, projection: Projection) -> Tensor:
+        """Waits for the device, to know who has tokens."""
+        x, base, delta, flat = inputs.x, projection.base, projection.delta, self.index.reshape(-1)
+        y = torch.empty((1, self.pairs, base.shape[0]), dtype=torch.float32, device=x.device)
         for expert in flat.unique().tolist():
             if 0 <= expert < self.experts:
                 own = (flat == expert).nonzero()[:, 0]
-                weight = projection.base if projection.delta is None else synthesize(projection.base, projection.delta, expert)
-                y[own] = (values[own // divisor] @ weight.to(values.dtype).T).float()
+                weight = base if delta is None else synthesize(base, delta, expert)
+                y[0, own] = (x[own // inputs.divisor] @ weight.to(x.dtype).T).float()
+        return y

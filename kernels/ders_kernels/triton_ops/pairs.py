@@ -22,11 +22,17 @@ class Blocks(NamedTuple):
     end: Tensor  # [blocks]: of the expert's pairs
 
 
-def one_expert(expert: int, tokens: int, size: int, device: torch.device) -> Blocks:
-    """All tokens go to one expert."""
-    first = torch.arange(0, max(tokens, 1), size, dtype=torch.int32, device=device)
-    every = torch.arange(tokens, dtype=torch.int32, device=device)
-    return Blocks(every, torch.full_like(first, expert), first, torch.full_like(first, tokens))
+class OneExpert:
+    """Every row of x [T, in] is a token of one expert."""
+
+    def __init__(self, expert: int, x: Tensor):
+        self._expert, self._device = expert, x.device
+        self.pairs = self.mean = x.shape[0]
+
+    def blocks(self, size: int) -> Blocks:
+        first = torch.arange(0, self.pairs, size, dtype=torch.int32, device=self._device)
+        every = torch.arange(self.pairs, dtype=torch.int32, device=self._device)
+        return Blocks(every, torch.full_like(first, self._expert), first, torch.full_like(first, self.pairs))
 
 
 def by_expert(index: Tensor, experts: int, size: int) -> Blocks:
@@ -36,7 +42,7 @@ def by_expert(index: Tensor, experts: int, size: int) -> Blocks:
     if count <= FEW:
         made = torch.empty((4, max(count, 1)), dtype=torch.int32, device=index.device)
         room = max(16, triton.next_power_of_2(count))
-        _sort_few[(1,)](flat, *made, count, experts, size, PAIRS=room, num_warps=4)
+        _sort_few[(1,)](flat, *made, count, experts, size, PAIRS=room, num_warps=16)
         return Blocks(*made)
     flat = torch.where((flat < 0) | (flat >= experts), experts, flat)
     ordered, order = flat.sort(stable=True)

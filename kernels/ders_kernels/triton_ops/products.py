@@ -1,9 +1,6 @@
-"""Launches of the products: which kernel a delta takes, with which tiles and arguments.
+"""Launches of the products: which kernel a delta takes, with which tiles and arguments. Parts lie on x's device, contiguous."""
 
-Parts must lie on x's device, contiguous. y is fp32 [pairs, out]; rows of y whose pair is in no block are left as they are.
-"""
-
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import triton
@@ -11,76 +8,130 @@ from torch import Tensor
 
 from ..deltas import Bitmap, Delta, Drawn, EliasFano, Ints, Kept, LowRank, Sum
 from ..packing import low_bits
-from . import dense, elias_fano, ints, kept
+from . import elias_fano, ints, kept, listed, low_rank
 from .config import Config, fitting
 from .pairs import Blocks
 from .settings import INTERPRETED, wide
 
-Blocked = Callable[[int], Blocks]  # tokens of a tile -> the pairs, cut so
+
+class Inputs:
+    """x [*, in]: pair p has row p // divisor. Copies in planes are made once for each number of planes."""
+
+    def __init__(self, x: Tensor, divisor: int):
+        self.x, self.divisor = x.contiguous(), divisor
+        self._planes: dict[int, Tensor] = {}
+
+    def planes(self, count: int) -> Tensor:
+        if count not in self._planes:
+            self._planes[count] = ints.planes(self.x, count)
+        return self._planes[count]
 
 
-def product(x: Tensor, delta: Delta, blocked: Blocked, divisor: int, tokens: float, y: Tensor, add: bool) -> None:
-    """y[pair] (+)= x[pair // divisor] @ D_e.T, e the pair's expert; tokens: the mean number of an expert."""
+class Routing(Protocol):
+    """Which pairs go to which expert."""
+
+    pairs: int
+    mean: float  # tokens of an expert
+
+    def blocks(self, size: int) -> Blocks:
+        """The pairs, in blocks of at most `size`."""
+
+
+def product(inputs: Inputs, delta: Delta, routing: Routing) -> Tensor:
+    """fp32 [parts, pairs, out], which summed over the parts are x[pair // divisor] @ D_e.T, e the pair's expert.
+
+    Rows whose pair is in no block hold anything.
+    """
     if isinstance(delta, Ints):
-        _ints(x, delta, blocked, divisor, tokens, y, add)
-    elif isinstance(delta, Kept) and isinstance(delta.positions, EliasFano):
-        _elias_fano(x, delta, blocked, divisor, tokens, y, add)
-    elif isinstance(delta, Kept):
-        _kept(x, delta, blocked, divisor, tokens, y, add)
-    elif isinstance(delta, LowRank):
-        _low_rank(x, delta, blocked, divisor, tokens, y, add)
-    elif isinstance(delta, Sum):
-        product(x, delta.first, blocked, divisor, tokens, y, add)
-        product(x, delta.then, blocked, divisor, tokens, y, True)
-    else:
-        raise TypeError(f"no kernel for {type(delta).__name__}")
+        return _ints(inputs, delta, routing)
+    if isinstance(delta, Kept):
+        return _listed(inputs, delta, routing) if _by_list(delta, routing) else _kept(inputs, delta, routing)
+    if isinstance(delta, LowRank):
+        return _low_rank(inputs, delta, routing)
+    if isinstance(delta, Sum):
+        return torch.cat([product(inputs, delta.first, routing), product(inputs, delta.then, routing)])
+    raise TypeError(f"no kernel for {type(delta).__name__}")
 
 
-def dense_product(x: Tensor, weight: Tensor, blocked: Blocked, divisor: int, tokens: float, y: Tensor, add: bool) -> None:
-    """The same with stored matrices, [E, out, in] or [out, in]."""
-    config = fitting(dense.CONFIGS, tokens)
-    blocks, (out, width) = blocked(config.tokens), weight.shape[-2:]
-    dense.dense_product[_grid(blocks, out, config)](
-        x, weight, y, *blocks, divisor, out, width, out * width if weight.ndim == 3 else 0,
-        TOKENS=config.tokens, ROWS=config.rows, COLUMNS=config.columns, ADD=add, WIDE=wide(x), **config.launch(),
-    )  # fmt: skip
-
-
-def int_whole_product(x: Tensor, base: Tensor, delta: Ints, blocked: Blocked, divisor: int, tokens: float, y: Tensor) -> None:
-    """y[pair] = x[pair // divisor] @ round(B + D_e).T"""
-    config = fitting(ints.WHOLE, tokens)
-    blocks, (_, out, width) = blocked(config.tokens), delta.shape
-    ints.int_whole_product[_grid(blocks, out, config)](
-        x, base, delta.codes, delta.scale, y, *blocks, divisor, out, width, delta.codes.shape[2], delta.scale.shape[2],
-        BITS=delta.bits, GROUP=delta.group, TOKENS=config.tokens, ROWS=config.rows, COLUMNS=config.columns,
-        WIDE=wide(x), **config.launch(),
-    )  # fmt: skip
-
-
-def _grid(blocks: Blocks, out: int, config: Config) -> tuple[int, int]:
+def _grid(blocks: Blocks, out: int, config: Config) -> tuple[int, int, int]:
     """Blocks of one expert beside each other, so that they share its weights in the cache."""
-    return blocks.expert.numel(), triton.cdiv(out, config.rows)
+    return blocks.expert.numel(), triton.cdiv(out, config.rows), config.splits
 
 
-def _ints(x: Tensor, delta: Ints, blocked: Blocked, divisor: int, tokens: float, y: Tensor, add: bool) -> None:
-    config = fitting(ints.APART, tokens)
-    blocks, (_, out, width) = blocked(config.tokens), delta.shape
+def _sums(inputs: Inputs, routing: Routing, out: int, config: Config) -> Tensor:
+    return torch.empty((config.splits, routing.pairs, out), dtype=torch.float32, device=inputs.x.device)
+
+
+def _ints(inputs: Inputs, delta: Ints, routing: Routing) -> Tensor:
+    (_, out, width), row_bytes, groups = delta.shape, delta.codes.shape[2], delta.scale.shape[2]
+    unit = ints.codes_in_unit(delta.bits)
+    step = delta.group // unit
+    if routing.mean == 1 and width % delta.group == 0 and delta.group % unit == 0 and step & (step - 1) == 0:
+        config = ints.TOKEN
+        blocks, y = routing.blocks(1), _sums(inputs, routing, out, config)
+        ints.int_token_product[_grid(blocks, out, config)](
+            inputs.planes(unit), delta.codes.view(torch.int32), delta.scale, y, *blocks, inputs.divisor, y.stride(0),
+            out, width // unit, row_bytes // 4, groups, BITS=delta.bits, PLANES=unit, STEP=step, ROWS=config.rows,
+            SPLITS=config.splits, STAGES=config.stages, **config.launch(),
+        )  # fmt: skip
+        return y
+    config = fitting(ints.CONFIGS, routing.mean)
+    blocks, y = routing.blocks(config.tokens), _sums(inputs, routing, out, config)
     ints.int_product[_grid(blocks, out, config)](
-        x, delta.codes, delta.scale, y, *blocks, divisor, out, width, delta.codes.shape[2], delta.scale.shape[2],
+        inputs.x, delta.codes, delta.scale, y, *blocks, inputs.divisor, y.stride(0), out, width, row_bytes, groups,
         BITS=delta.bits, GROUP=delta.group, TOKENS=config.tokens, ROWS=config.rows, COLUMNS=config.columns,
-        ADD=add, WIDE=wide(x), **config.launch(),
+        SPLITS=config.splits, WIDE=wide(inputs.x), **config.launch(),
     )  # fmt: skip
+    return y
 
 
-def _kept(x: Tensor, delta: Kept, blocked: Blocked, divisor: int, tokens: float, y: Tensor, add: bool) -> None:
-    config = fitting(kept.CONFIGS, tokens)
-    blocks, (_, out, width) = blocked(config.tokens), delta.shape
+def _by_list(delta: Kept, routing: Routing) -> bool:
+    """Elias-Fano positions always: a tile of columns has no simple place in them."""
+    return routing.mean <= listed.CONFIGS[-1].tokens or isinstance(delta.positions, EliasFano)
+
+
+def _listed(inputs: Inputs, delta: Kept, routing: Routing) -> Tensor:
+    config, (_, out, width) = fitting(listed.CONFIGS, routing.mean), delta.shape
+    blocks, y = routing.blocks(config.tokens), _sums(inputs, routing, out, config)
+    columns = delta.once("columns", lambda: listed_columns(delta))
+    values, scale, value_bytes, groups, valued = value_arguments(delta)
+    listed.listed_product[_grid(blocks, out, config)](
+        inputs.x, columns, values, scale, y, *blocks, inputs.divisor, y.stride(0), out, width, delta.kept, value_bytes, groups,
+        TOKENS=config.tokens, ROWS=config.rows, COLUMNS=config.columns, **valued, **config.launch(),
+    )  # fmt: skip
+    return y
+
+
+def _kept(inputs: Inputs, delta: Kept, routing: Routing) -> Tensor:
+    config, (_, out, width) = fitting(kept.CONFIGS, routing.mean), delta.shape
+    blocks, y = routing.blocks(config.tokens), _sums(inputs, routing, out, config)
     positions, constants = kept_arguments(delta, config)
     kept.kept_product[_grid(blocks, out, config)](
-        x, *positions[:3], *positions[3:5], y, *blocks, divisor, out, width, delta.kept, *positions[5:],
-        TOKENS=config.tokens, ROWS=config.rows, COLUMNS=config.columns, ADD=add, WIDE=wide(x), **constants,
+        inputs.x, *positions[:5], y, *blocks, inputs.divisor, y.stride(0), out, width, delta.kept, *positions[5:],
+        TOKENS=config.tokens, ROWS=config.rows, COLUMNS=config.columns, WIDE=wide(inputs.x), **constants,
         **config.launch(),
     )  # fmt: skip
+    return y
+
+
+def _low_rank(inputs: Inputs, delta: LowRank, routing: Routing) -> Tensor:
+    x, (_, out, width), rank = inputs.x, delta.shape, delta.right.shape[1]
+    right = delta.once(("right", x.dtype), lambda: delta.right.to(x.dtype))
+    left = delta.once(("left", x.dtype), lambda: delta.left.to(x.dtype))
+    config = fitting(low_rank.RIGHT, routing.mean)
+    blocks, inner = routing.blocks(config.tokens), _sums(inputs, routing, rank, config)
+    low_rank.right_product[_grid(blocks, rank, config)](
+        x, right, inner, *blocks, inputs.divisor, inner.stride(0), rank, width,
+        TOKENS=config.tokens, ROWS=config.rows, COLUMNS=config.columns, SPLITS=config.splits, WIDE=wide(x),
+        **config.launch(),
+    )  # fmt: skip
+    config = fitting(low_rank.LEFT, routing.mean)
+    blocks, y = routing.blocks(config.tokens), _sums(inputs, routing, out, config)
+    low_rank.left_product[_grid(blocks, out, config)](
+        inner, left, y, *blocks, inner.stride(0), out, rank, inner.shape[0],
+        TOKENS=config.tokens, ROWS=config.rows, COLUMNS=config.columns, WIDE=wide(x), **config.launch(),
+    )  # fmt: skip
+    return y
 
 
 def kept_arguments(delta: Kept, config: Config) -> tuple[tuple, dict]:
@@ -92,14 +143,23 @@ def kept_arguments(delta: Kept, config: Config) -> tuple[tuple, dict]:
         return arguments, constants | {"DRAWN": False, "ALIGNED": False}
     keys, threshold = delta.once("threshold", lambda: thresholds(delta))
     aligned = delta.width % 4 == 0 and config.columns % 4 == 0
-    return (keys, keys, threshold, values, scale, 0, value_bytes, groups), constants | {"DRAWN": True, "ALIGNED": aligned}
+    return (keys, keys, threshold, values, scale, 0, value_bytes, groups), constants | {
+        "DRAWN": True,
+        "ALIGNED": aligned,
+    }
 
 
 def value_arguments(delta: Kept) -> tuple:
     """values, scale, value_bytes, groups, {BITS, GROUP}"""
     if isinstance(delta.values, Ints):
         coded = delta.values
-        return coded.codes, coded.scale, coded.codes.shape[2], coded.scale.shape[2], {"BITS": coded.bits, "GROUP": coded.group}
+        return (
+            coded.codes,
+            coded.scale,
+            coded.codes.shape[2],
+            coded.scale.shape[2],
+            {"BITS": coded.bits, "GROUP": coded.group},
+        )
     return delta.values, delta.values, 0, 0, {"BITS": 0, "GROUP": 1}
 
 
@@ -125,15 +185,26 @@ def threshold_config(width: int) -> Config:
     return Config(0, 256 if INTERPRETED else 1, columns, min(16, max(1, columns // 1024)), 1)
 
 
-def _elias_fano(x: Tensor, delta: Kept, blocked: Blocked, divisor: int, tokens: float, y: Tensor, add: bool) -> None:
-    config = fitting(elias_fano.CONFIGS, tokens)
-    blocks, (_, out, width) = blocked(config.tokens), delta.shape
-    low, high, low_bytes, high_bytes, constants = elias_fano_arguments(delta)
-    values, scale, value_bytes, groups, valued = value_arguments(delta)
-    elias_fano.elias_fano_product[_grid(blocks, out, config)](
-        x, low, high, values, scale, y, *blocks, divisor, out, width, delta.kept, low_bytes, high_bytes, value_bytes, groups,
-        TOKENS=config.tokens, ROWS=config.rows, COLUMNS=config.columns, ADD=add, **constants, **valued, **config.launch(),
+def listed_columns(delta: Kept) -> Tensor:
+    """int16 [E, out, kept], int32 from 2^15 columns on: the column of every kept entry; `in` for unused slots."""
+    experts, out, width = delta.shape
+    kind = torch.int16 if width < 1 << 15 else torch.int32
+    columns = torch.empty((experts, out, delta.kept), dtype=kind, device=value_arguments(delta)[0].device)
+    if isinstance(delta.positions, EliasFano):
+        config = elias_fano.CONFIG
+        low, high, low_bytes, high_bytes, constants = elias_fano_arguments(delta)
+        elias_fano.elias_fano_columns[(experts, triton.cdiv(out, config.rows))](
+            low, high, columns, out, delta.kept, low_bytes, high_bytes,
+            ROWS=config.rows, COLUMNS=config.columns, **constants, **config.launch(),
+        )  # fmt: skip
+        return columns
+    config = kept.COLUMNS_CONFIG
+    positions, constants = kept_arguments(delta, config)
+    kept.kept_columns[(experts, triton.cdiv(out, config.rows))](
+        *positions[:3], columns, out, width, delta.kept, positions[5], ROWS=config.rows, COLUMNS=config.columns,
+        DRAWN=constants["DRAWN"], ALIGNED=constants["ALIGNED"], **config.launch(),
     )  # fmt: skip
+    return columns
 
 
 def elias_fano_arguments(delta: Kept) -> tuple[Tensor, Tensor, int, int, dict]:
@@ -143,10 +214,3 @@ def elias_fano_arguments(delta: Kept) -> tuple[Tensor, Tensor, int, int, dict]:
     if low is None:
         return high, high, 0, high.shape[2], {"LOW": 0}
     return low, high, low.shape[2], high.shape[2], {"LOW": low_bits(delta.kept, delta.width)}
-
-
-def _low_rank(x: Tensor, delta: LowRank, blocked: Blocked, divisor: int, tokens: float, y: Tensor, add: bool) -> None:
-    left, right = (delta.once((name, x.dtype), lambda part=part: part.to(x.dtype)) for name, part in (("left", delta.left), ("right", delta.right)))
-    inner = torch.empty((y.shape[0], right.shape[1]), dtype=torch.float32, device=x.device)
-    dense_product(x, right, blocked, divisor, tokens, inner, False)
-    dense_product(inner.to(x.dtype), left, blocked, 1, tokens, y, add)

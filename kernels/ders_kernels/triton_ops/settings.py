@@ -1,10 +1,11 @@
-"""Whether kernels run on a GPU or in Triton's interpreter, and what the latter can't do."""
+"""What kernels run on: an AMD or NVIDIA GPU, or Triton's interpreter, and what that can't do."""
 
 import os
 
 import torch
 from torch import Tensor
 
+AMD = torch.version.hip is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton itself looks at import
 
 

@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 
 from .config import Config
-from .tiles import code_at, level, narrow
+from .tiles import code_tile, level, narrow
 
-CONFIG = Config(0, 16, 256, 4, 2)
+CONFIG = Config(0, 16, 128, 4, 1)
 
 
 @triton.jit
@@ -16,20 +16,24 @@ def int_weight(
 ):  # fmt: skip
     """base [out, width], codes uint8 [E, out, row_bytes], scale bf16 [E, out, groups] -> weight [out, width]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (row[:, None] < out) & (column[None, :] < width)
+    first = tl.program_id(1) * COLUMNS
+    column = first + tl.arange(0, COLUMNS)
+    there_row = row < out
+    inside = there_row[:, None] & (column[None, :] < width)
     matrix_row = (tl.zeros((), tl.int64) + expert) * out + row
-    code = code_at(codes + matrix_row[:, None] * row_bytes, column[None, :], inside, BITS)
-    factor = tl.load(scale + matrix_row[:, None] * groups + column[None, :] // GROUP, mask=inside, other=0).to(tl.float32)
+    code = code_tile(codes + matrix_row[:, None] * row_bytes, first, there_row[:, None], row_bytes, COLUMNS, BITS)
+    if GROUP % COLUMNS == 0:
+        factor = tl.load(scale + matrix_row * groups + first // GROUP, mask=there_row, other=0).to(tl.float32)[:, None]
+    else:
+        at = scale + matrix_row[:, None] * groups + column[None, :] // GROUP
+        factor = tl.load(at, mask=inside, other=0).to(tl.float32)
     at = row[:, None].to(tl.int64) * width + column[None, :]
     stored = tl.load(base + at, mask=inside, other=0).to(tl.float32)
     tl.store(weight + at, narrow(stored + level(code, BITS) * factor, weight.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def low_rank_weight(
-    base, weight, left, right, expert, out, width, rank, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def low_rank_weight(base, weight, left, right, expert, out, width, rank, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """left [E, out, rank], right [E, rank, width]: summed from rank 0 up, as the codec decodes.
 
     A product of two bf16 is exact in fp32, so fusing it with the addition changes nothing; of wider factors it does.

@@ -3,6 +3,10 @@
 import triton
 import triton.language as tl
 
+from .settings import INTERPRETED
+
+ROUNDS = tl.constexpr(not INTERPRETED)
+
 
 @triton.jit
 def level(codes, BITS: tl.constexpr):
@@ -30,19 +34,69 @@ def code_at(row_codes, place, mask, BITS: tl.constexpr):
 
 
 @triton.jit
-def unpacked(packed, BITS: tl.constexpr):
-    """Bytes [rows, n] -> their codes [rows, n * 8 / BITS] in order, int32; BITS is 1, 2, 4 or 8."""
-    packed = packed.to(tl.int32)
-    if BITS == 8:
-        return packed
-    elif BITS == 4:
-        return interleaved(packed & 15, packed >> 4)
-    elif BITS == 2:
-        return interleaved4(packed & 3, (packed >> 2) & 3, (packed >> 4) & 3, packed >> 6)
+def code_tile(row_codes, first, there_row, row_bytes, COLUMNS: tl.constexpr, BITS: tl.constexpr):
+    """Codes of the columns first ... of rows whose bytes start at row_codes [rows, 1]: int32 [rows, COLUMNS].
+
+    first and COLUMNS are multiples of 8. Every stored byte is loaded once and taken apart in registers; of 3, 5, 6 and
+    7 bits, 8 codes lie in as many bytes as they have bits.
+    """
+    if 8 % BITS == 0:
+        at = first * BITS // 8 + tl.arange(0, COLUMNS * BITS // 8)[None, :]
+        byte = tl.load(row_codes + at, mask=there_row & (at < row_bytes), other=0).to(tl.int32)
+        if BITS == 8:
+            return byte
+        elif BITS == 4:
+            return interleaved(byte & 15, byte >> 4)
+        elif BITS == 2:
+            return interleaved4(byte & 3, (byte >> 2) & 3, (byte >> 4) & 3, byte >> 6)
+        else:
+            return interleaved(
+                interleaved4(byte & 1, (byte >> 2) & 1, (byte >> 4) & 1, (byte >> 6) & 1),
+                interleaved4((byte >> 1) & 1, (byte >> 3) & 1, (byte >> 5) & 1, byte >> 7),
+            )
     else:
-        even = interleaved4(packed & 1, (packed >> 2) & 1, (packed >> 4) & 1, (packed >> 6) & 1)
-        odd = interleaved4((packed >> 1) & 1, (packed >> 3) & 1, (packed >> 5) & 1, packed >> 7)
+        unit = first // 8 * BITS + tl.arange(0, COLUMNS // 8)[None, :] * BITS
+        low = _bytes(row_codes, unit, there_row, row_bytes, 0, 4 if BITS > 4 else BITS)
+        high = low
+        if BITS > 4:
+            high = _bytes(row_codes, unit, there_row, row_bytes, 4, BITS)
+        even = interleaved4(
+            _split(low, high, 0, BITS),
+            _split(low, high, 2, BITS),
+            _split(low, high, 4, BITS),
+            _split(low, high, 6, BITS),
+        )
+        odd = interleaved4(
+            _split(low, high, 1, BITS),
+            _split(low, high, 3, BITS),
+            _split(low, high, 5, BITS),
+            _split(low, high, 7, BITS),
+        )
         return interleaved(even, odd)
+
+
+@triton.jit
+def _bytes(row_codes, at, there_row, row_bytes, FROM: tl.constexpr, TO: tl.constexpr):
+    """Bytes FROM ... TO - 1 after `at`, as one number, lowest first; bits past 32 fall off."""
+    number = tl.load(row_codes + at + FROM, mask=there_row & (at + FROM < row_bytes), other=0).to(tl.uint32)
+    for byte in tl.static_range(FROM + 1, TO):
+        number |= tl.load(row_codes + at + byte, mask=there_row & (at + byte < row_bytes), other=0).to(tl.uint32) << (
+            8 * (byte - FROM)
+        )
+    return number
+
+
+@triton.jit
+def _split(low, high, CODE: tl.constexpr, BITS: tl.constexpr):
+    """Code number CODE of 8 in the bytes that low (the first 4) and high hold."""
+    BIT: tl.constexpr = CODE * BITS
+    MASK: tl.constexpr = (1 << BITS) - 1
+    if BIT >= 32:
+        return ((high >> (BIT - 32)) & MASK).to(tl.int32)
+    elif BIT + BITS > 32:
+        return (((low >> BIT) | (high << (32 - BIT))) & MASK).to(tl.int32)
+    else:
+        return ((low >> BIT) & MASK).to(tl.int32)
 
 
 @triton.jit
@@ -83,15 +137,15 @@ def _philox(key, block):
 
 @triton.jit
 def narrow(value, DTYPE: tl.constexpr):
-    """fp32 -> DTYPE to nearest even; bf16 by its bits, since Triton's interpreter cuts instead of rounding."""
-    if DTYPE == tl.bfloat16:
+    """fp32 -> DTYPE to nearest even; in Triton's interpreter, which cuts bf16 off, by its bits."""
+    if ROUNDS or DTYPE != tl.bfloat16:
+        return value.to(DTYPE)
+    else:
         bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         quiet = (bits >> 16) | 0x40
         is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
         return tl.where(is_nan, quiet, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return value.to(DTYPE)
 
 
 @triton.jit
@@ -114,10 +168,21 @@ def block_of(block_expert, block_first, block_end, pairs, divisor, TOKENS: tl.co
 
 
 @triton.jit
-def store_sums(y, acc, pair, there, row, out, ADD: tl.constexpr):
-    """acc [rows, tokens] fp32 -> y [pairs, out], added to what is there if ADD."""
-    at = y + pair[None, :] * out + row[:, None]
-    mask = there[None, :] & (row[:, None] < out)
-    if ADD:
-        acc += tl.load(at, mask=mask, other=0)
-    tl.store(at, acc, mask=mask)
+def is_empty(block_first, block_end):
+    """Whether this program's block is one past the last: nothing is to be done."""
+    return tl.load(block_first + tl.program_id(0)) >= tl.load(block_end + tl.program_id(0))
+
+
+@triton.jit
+def share(length, STEP: tl.constexpr, SPLITS: tl.constexpr):
+    """begin, end of the part of 0 ... length that is program_id(2)'s of SPLITS, in whole steps."""
+    own = tl.cdiv(tl.cdiv(length, STEP), SPLITS) * STEP
+    begin = tl.program_id(2) * own
+    return begin, tl.minimum(begin + own, length)
+
+
+@triton.jit
+def store_sums(y, acc, pair, there, row, out, split_stride):
+    """acc [rows, tokens] fp32 -> y [splits, pairs, out], at program_id(2)."""
+    at = y + tl.program_id(2).to(tl.int64) * split_stride + pair[None, :] * out + row[:, None]
+    tl.store(at, acc, mask=there[None, :] & (row[:, None] < out))

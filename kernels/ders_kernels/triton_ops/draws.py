@@ -3,7 +3,10 @@
 import triton
 import triton.language as tl
 
+from .config import Case, Config
 from .tiles import draw_tile
+
+CONFIG = Config(0, 1, 1024, 4, 1)
 
 
 @triton.jit
@@ -14,3 +17,10 @@ def fill(keys, out, width, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
     drawn = draw_tile(tl.load(keys), row, width, first, COLUMNS, ALIGNED)
     column = first + tl.arange(0, COLUMNS)
     tl.store(out + row[:, None] * width + column[None, :], drawn.to(tl.int64), mask=column[None, :] < width)
+
+
+CASES = (
+    Case(
+        "draws", fill, CONFIG, {"keys": "i64", "out": "i64"}, {"COLUMNS": CONFIG.columns, "ALIGNED": True}, dots=False
+    ),
+)

@@ -11,7 +11,7 @@ from .config import Case, Config
 from .kept import kept_value
 from .tiles import code_at, narrow
 
-CONFIG = Config(0, 8, 128, 4, 1)
+CONFIG = Config(0, 4, 128, 4, 1)
 
 
 @triton.jit
@@ -66,3 +66,18 @@ def elias_fano_weight(
         at = row[:, None].to(tl.int64) * width + column
         stored = tl.load(base + at, mask=real, other=0).to(tl.float32)
         tl.store(weight + at, narrow(stored + value, weight.dtype.element_ty), mask=real)
+
+
+_POINTERS = {"low": "u8", "high": "u8"}
+_TILE = {"LOW": 5, "ROWS": CONFIG.rows, "COLUMNS": CONFIG.columns}
+CASES = (
+    Case("Elias-Fano, columns", elias_fano_columns, CONFIG, _POINTERS | {"columns": "i16"}, _TILE, dots=False),
+    Case(
+        "Elias-Fano, W",
+        elias_fano_weight,
+        CONFIG,
+        _POINTERS | {"base": "bf16", "weight": "bf16", "values": "u8", "scale": "bf16"},
+        _TILE | {"BITS": 1, "GROUP": 128},
+        dots=False,
+    ),
+)

@@ -7,7 +7,7 @@ y   = m Bd' + sum_k g_k (h_k Dd_k')                                            `
 import triton
 import triton.language as tl
 
-from .config import Config
+from .config import Case, Config
 from .tiles import narrow
 
 CONFIG = Config(1, 1024, 0, 4, 1)
@@ -74,7 +74,9 @@ def activate(
 
 
 @triton.jit
-def combine(base, pairs, index, gates, y, out, experts, k, splits, BASE: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr):
+def combine(
+    base, pairs, index, gates, y, out, experts, k, splits, BASE: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr
+):
     """base [T, out] if BASE, pairs fp32 [splits, T * k, out] if PAIRS -> y [T, out] = base + the token's sum of gate * pair."""
     token = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -90,3 +92,25 @@ def combine(base, pairs, index, gates, y, out, experts, k, splits, BASE: tl.cons
             value = split_sum(pairs, splits, tl.num_programs(0) * k, pair, out, row, there, ROWS)
             total += tl.where(there, tl.load(gates + pair).to(tl.float32) * value, 0)
     tl.store(y + token * out + row, narrow(total, y.dtype.element_ty), mask=inside)
+
+
+_ROUTED = {"index": "i64", "gates": "bf16"}
+_STEP = {"BASE": True, "PAIRS": True, "ROWS": CONFIG.rows}
+CASES = (
+    *(
+        Case(
+            f"activation {name}",
+            activate,
+            CONFIG,
+            _ROUTED
+            | {"gate_base": "bf16", "up_base": "bf16", "gate_pairs": "fp32", "up_pairs": "fp32"}
+            | {"hidden": "bf16", "mixed": "bf16"},
+            _STEP | {"NAME": name, "GATED": True},
+            dots=False,
+        )
+        for name in ("silu", "gelu", "gelu_tanh", "relu")
+    ),
+    Case(
+        "sum over experts", combine, CONFIG, _ROUTED | {"base": "bf16", "pairs": "fp32", "y": "bf16"}, _STEP, dots=False
+    ),
+)

@@ -6,7 +6,7 @@ A program has a chunk of the columns and two tiles of experts; its fp32 sums are
 import triton
 import triton.language as tl
 
-from .config import Config
+from .config import Case, Config
 from .tiles import operand
 
 CONFIGS = (Config(16, 16, 256, 4, 3), Config(64, 64, 128, 4, 3))
@@ -42,3 +42,15 @@ def gram(
         )
     at = sums + (tl.program_id(0).to(tl.int64) * count + row[:, None]) * count + other[None, :]
     tl.store(at, acc, mask=(row[:, None] < count) & (other[None, :] < count))
+
+
+CASES = tuple(
+    Case(
+        "Gram",
+        gram,
+        config,
+        {"experts": "bf16", "sums": "fp32"},
+        {"TILE": config.tokens, "COLUMNS": config.columns, "CHUNK": CHUNK, "WIDE": False},
+    )
+    for config in CONFIGS
+)

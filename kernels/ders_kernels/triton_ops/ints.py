@@ -11,16 +11,23 @@ converted, and what that adds is taken off the sums, group by group:
     int_product         more: matrix instructions
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Case, Config
+from .config import BLOCK_POINTERS, Case, Config
 from .tiles import block_of, code_tile, is_empty, level, operand, share, store_sums
 
-TOKEN = Config(1, 64, 128, 4, 3, splits=4)
 CONFIGS = (Config(16, 64, 128, 4, 3, splits=4), Config(32, 64, 128, 4, 3, splits=2), Config(64, 64, 128, 4, 3))
+
+
+def token_config(bits: int) -> Config:
+    """Many rows for a thread where codes are few bits, so that an input, once loaded, is used often."""
+    if 32 % bits:
+        return Config(1, 16, 128, 1, 1, splits=8)
+    return {8: Config(1, 64, 128, 4, 3, splits=4), 4: Config(1, 128, 128, 4, 1, splits=16)}.get(
+        bits, Config(1, 256, 128, 4, 1, splits=16)
+    )
 
 
 def codes_in_unit(bits: int) -> int:
@@ -144,3 +151,29 @@ def int_product(
             values = level(code, BITS) * factor.to(tl.float32)
             acc = tl.dot(operand(values, DTYPE, WIDE), operand(inputs, DTYPE, WIDE), acc, input_precision="ieee")
     store_sums(y, acc, pair, there, row, out, split_stride)
+
+
+_POINTERS = BLOCK_POINTERS | {"scale": "bf16", "y": "fp32"}
+CASES = tuple(
+    Case(
+        f"int{bits}, a token",
+        int_token_product,
+        config := token_config(bits),
+        _POINTERS | {"x_planes": "bf16", "words": "i32"},
+        {"BITS": bits, "PLANES": codes_in_unit(bits), "STEP": 128 // codes_in_unit(bits), "ROWS": config.rows}
+        | {"SPLITS": config.splits, "STAGES": config.stages},
+        dots=False,
+    )
+    for bits in (8, 4, 3, 2, 1)
+) + tuple(
+    Case(
+        f"int{bits}",
+        int_product,
+        config,
+        _POINTERS | {"x": "bf16", "codes": "u8"},
+        {"BITS": bits, "GROUP": 128, "TOKENS": config.tokens, "ROWS": config.rows, "COLUMNS": config.columns}
+        | {"SPLITS": config.splits, "WIDE": False},
+    )
+    for bits in (8, 4, 3, 2, 1)
+    for config in CONFIGS
+)

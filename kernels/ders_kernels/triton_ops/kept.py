@@ -9,11 +9,11 @@ largest draw; thresholds are worked out once (`drop_threshold`), 8 bytes a row.
 import triton
 import triton.language as tl
 
-from .config import Config
+from .config import BLOCK_POINTERS, Case, Config
 from .tiles import block_of, code_at, draw_tile, is_empty, level, narrow, operand, store_sums
 
-CONFIGS = (Config(16, 16, 128, 4, 1), Config(64, 64, 32, 4, 1))
-COLUMNS_CONFIG = Config(0, 16, 128, 4, 1)
+CONFIGS = (Config(16, 16, 64, 4, 1), Config(64, 32, 32, 4, 1))
+COLUMNS_CONFIG = Config(0, 8, 128, 4, 1)
 LONGEST = 1 << 15  # columns whose draws one program of `drop_threshold` holds
 
 
@@ -169,3 +169,64 @@ def drop_threshold(keys, threshold, out, width, kept, ROWS: tl.constexpr, COLUMN
     at = threshold + (expert * out + row) * 2
     tl.store(at, least.to(tl.int32, bitcast=True), mask=row < out)
     tl.store(at + 1, last + 1, mask=row < out)
+
+
+def threshold_config(width: int, rows: int) -> Config:
+    """Rows whose draws stay in registers: 16 to 64 of them in a thread."""
+    columns = max(16, triton.next_power_of_2(width))
+    return Config(0, rows, columns, min(16, max(1, columns // 1024)), 1)
+
+
+_DRAWN = {"source": "i64", "keys": "i64", "threshold": "i32"}
+_BITMAP = {"source": "u8", "keys": "u8", "threshold": "u8"}
+_FORMS = (  # name, pointers, constants
+    ("drop", _DRAWN | {"values": "bf16"}, {"DRAWN": True, "ALIGNED": True, "BITS": 0, "GROUP": 1}),
+    ("drop+int4", _DRAWN | {"values": "u8"}, {"DRAWN": True, "ALIGNED": True, "BITS": 4, "GROUP": 128}),
+    ("bitmap", _BITMAP | {"values": "bf16"}, {"DRAWN": False, "ALIGNED": False, "BITS": 0, "GROUP": 1}),
+)
+CASES = (
+    *(
+        Case(
+            name,
+            kept_product,
+            config,
+            BLOCK_POINTERS | pointers | {"x": "bf16", "scale": "bf16", "y": "fp32"},
+            constants | {"TOKENS": config.tokens, "ROWS": config.rows, "COLUMNS": config.columns, "WIDE": False},
+        )
+        for name, pointers, constants in _FORMS
+        for config in CONFIGS
+    ),
+    *(
+        Case(
+            f"{name}, W",
+            kept_weight,
+            CONFIGS[0],
+            pointers | {"scale": "bf16", "base": "bf16", "weight": "bf16"},
+            constants | {"ROWS": CONFIGS[0].rows, "COLUMNS": CONFIGS[0].columns},
+            dots=False,
+        )
+        for name, pointers, constants in _FORMS
+    ),
+    *(
+        Case(
+            f"{name}, columns",
+            kept_columns,
+            COLUMNS_CONFIG,
+            pointers | {"columns": "i16"},
+            {"DRAWN": drawn, "ALIGNED": drawn, "ROWS": COLUMNS_CONFIG.rows, "COLUMNS": COLUMNS_CONFIG.columns},
+            dots=False,
+        )
+        for name, pointers, drawn in (("drop", _DRAWN, True), ("bitmap", _BITMAP, False))
+    ),
+    *(
+        Case(
+            f"drop, thresholds of {width}",
+            drop_threshold,
+            config := threshold_config(width, 1),
+            {"keys": "i64", "threshold": "i32"},
+            {"ROWS": 1, "COLUMNS": config.columns, "ALIGNED": True},
+            dots=False,
+        )
+        for width in (4096, 14336, LONGEST)
+    ),
+)

@@ -7,7 +7,7 @@ multiplied that is 0. At one token the mask of drop0.9 costs five times as long 
 import triton
 import triton.language as tl
 
-from .config import Case, Config
+from .config import BLOCK_POINTERS, Case, Config
 from .kept import kept_value
 from .tiles import block_of, is_empty, store_sums
 
@@ -37,3 +37,17 @@ def listed_product(
         inputs = tl.load(at, mask=real[:, :, None] & there[None, None, :], other=0).to(tl.float32)
         acc += value[:, :, None] * inputs
     store_sums(y, tl.sum(acc, axis=1), pair, there, row, out, split_stride)
+
+
+CASES = tuple(
+    Case(
+        name,
+        listed_product,
+        config,
+        BLOCK_POINTERS | {"x": "bf16", "columns": "i16", "values": kind, "scale": "bf16", "y": "fp32"},
+        {"BITS": bits, "GROUP": 128, "TOKENS": config.tokens, "ROWS": config.rows, "COLUMNS": config.columns},
+        dots=False,
+    )
+    for name, kind, bits in (("kept by list", "bf16", 0), ("ternary by list", "u8", 1))
+    for config in CONFIGS
+)

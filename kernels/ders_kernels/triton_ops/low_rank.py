@@ -63,19 +63,28 @@ def left_product(
     store_sums(y, acc, pair, there, row, out, 0)
 
 
-def _cases(shared: dict[str, str]) -> tuple[Case, ...]:
-    return (
-        *(
-            Case("right", right_product, c, shared | {"x": "bf16", "right": "bf16", "inner": "fp32"},
-                 {"TOKENS": c.tokens, "ROWS": c.rows, "COLUMNS": c.columns, "SPLITS": c.splits, "WIDE": False})
-            for c in RIGHT
-        ),
-        *(
-            Case("left", left_product, c, shared | {"inner": "fp32", "left": "bf16", "y": "fp32"},
-                 {"TOKENS": c.tokens, "ROWS": c.rows, "COLUMNS": c.columns, "WIDE": False})
-            for c in LEFT
-        ),
-    )  # fmt: skip
-
-
-CASES = _cases(BLOCK_POINTERS)
+CASES = tuple(
+    Case(
+        "rank, right",
+        right_product,
+        config,
+        BLOCK_POINTERS | {"x": "bf16", "right": "bf16", "inner": "fp32"},
+        {
+            "TOKENS": config.tokens,
+            "ROWS": config.rows,
+            "COLUMNS": config.columns,
+            "SPLITS": config.splits,
+            "WIDE": False,
+        },
+    )
+    for config in RIGHT
+) + tuple(
+    Case(
+        "rank, left",
+        left_product,
+        config,
+        BLOCK_POINTERS | {"inner": "fp32", "left": "bf16", "y": "fp32"},
+        {"TOKENS": config.tokens, "ROWS": config.rows, "COLUMNS": config.columns, "WIDE": False},
+    )
+    for config in LEFT
+)

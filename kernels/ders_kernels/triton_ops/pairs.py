@@ -10,6 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .config import Case, Config
+
+CONFIG = Config(0, 0, 0, 16, 1)
 FEW = 128  # pairs that one small program sorts; more take a dozen torch operations
 
 
@@ -42,7 +45,7 @@ def by_expert(index: Tensor, experts: int, size: int) -> Blocks:
     if count <= FEW:
         made = torch.empty((4, max(count, 1)), dtype=torch.int32, device=index.device)
         room = max(16, triton.next_power_of_2(count))
-        _sort_few[(1,)](flat, *made, count, experts, size, PAIRS=room, num_warps=16)
+        sort_few[(1,)](flat, *made, count, experts, size, PAIRS=room, **CONFIG.launch())
         return Blocks(*made)
     flat = torch.where((flat < 0) | (flat >= experts), experts, flat)
     ordered, order = flat.sort(stable=True)
@@ -57,11 +60,11 @@ def by_expert(index: Tensor, experts: int, size: int) -> Blocks:
 
 
 @triton.jit
-def _sort_few(index, pairs, block_expert, block_first, block_end, count, experts, size, PAIRS: tl.constexpr):
+def sort_few(index, pairs, block_expert, block_first, block_end, count, experts, size, PAIRS: tl.constexpr):
     """One program: every pair counts those that come before it, and the blocks that start before it."""
     p, q = tl.arange(0, PAIRS)[:, None], tl.arange(0, PAIRS)[None, :]
-    mine = tl.load(index + p, mask=p < count, other=-1)
-    other = tl.load(index + q, mask=q < count, other=-1)
+    mine = tl.load(index + p, mask=p < count, other=-1).to(tl.int32)
+    other = tl.load(index + q, mask=q < count, other=-1).to(tl.int32)
     mine_there, other_there = (mine >= 0) & (mine < experts), (other >= 0) & (other < experts)
     mine, other = tl.where(mine_there, mine, experts), tl.where(other_there, other, experts)
     before = ((other < mine) | ((other == mine) & (q < p))) & (q < count)
@@ -86,3 +89,15 @@ def _sort_few(index, pairs, block_expert, block_first, block_end, count, experts
     tl.store(block_expert + lanes, 0, mask=unused)
     tl.store(block_first + lanes, 0, mask=unused)
     tl.store(block_end + lanes, 0, mask=unused)
+
+
+CASES = (
+    Case(
+        "sorting pairs",
+        sort_few,
+        CONFIG,
+        {"index": "i64", "pairs": "i32", "block_expert": "i32", "block_first": "i32", "block_end": "i32"},
+        {"PAIRS": FEW},
+        dots=False,
+    ),
+)

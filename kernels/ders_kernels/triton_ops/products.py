@@ -67,7 +67,7 @@ def _ints(inputs: Inputs, delta: Ints, routing: Routing) -> Tensor:
     unit = ints.codes_in_unit(delta.bits)
     step = delta.group // unit
     if routing.mean == 1 and width % delta.group == 0 and delta.group % unit == 0 and step & (step - 1) == 0:
-        config = ints.TOKEN
+        config = ints.token_config(delta.bits)
         blocks, y = routing.blocks(1), _sums(inputs, routing, out, config)
         ints.int_token_product[_grid(blocks, out, config)](
             inputs.planes(unit), delta.codes.view(torch.int32), delta.scale, y, *blocks, inputs.divisor, y.stride(0),
@@ -171,18 +171,12 @@ def thresholds(delta: Kept) -> tuple[Tensor, Tensor]:
     signed = [key - (key >> 63 << 64) for key in delta.positions.keys]
     keys = torch.tensor(signed, dtype=torch.int64, device=device)
     threshold = torch.empty((experts, out, 2), dtype=torch.int32, device=device)
-    config = threshold_config(width)
+    config = kept.threshold_config(width, 256 if INTERPRETED else 1)
     kept.drop_threshold[(experts, triton.cdiv(out, config.rows))](
         keys, threshold, out, width, delta.kept,
         ROWS=config.rows, COLUMNS=config.columns, ALIGNED=width % 4 == 0, **config.launch(),
     )  # fmt: skip
     return keys, threshold
-
-
-def threshold_config(width: int) -> Config:
-    """Rows whose draws stay in registers: 16 to 64 of them in a thread."""
-    columns = max(16, triton.next_power_of_2(width))
-    return Config(0, 256 if INTERPRETED else 1, columns, min(16, max(1, columns // 1024)), 1)
 
 
 def listed_columns(delta: Kept) -> Tensor:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .config import Config
+from .config import Case, Config
 from .tiles import code_tile, level, narrow
 
 CONFIG = Config(0, 16, 128, 4, 1)
@@ -51,3 +51,21 @@ def low_rank_weight(base, weight, left, right, expert, out, width, rank, ROWS: t
     inside = there_row[:, None] & there_column[None, :]
     stored = tl.load(base + at, mask=inside, other=0).to(tl.float32)
     tl.store(weight + at, narrow(stored + change, weight.dtype.element_ty), mask=inside)
+
+
+_POINTERS = {"base": "bf16", "weight": "bf16"}
+_TILE = {"ROWS": CONFIG.rows, "COLUMNS": CONFIG.columns}
+CASES = (
+    *(
+        Case(
+            f"int{bits}, W",
+            int_weight,
+            CONFIG,
+            _POINTERS | {"codes": "u8", "scale": "bf16"},
+            _TILE | {"BITS": bits, "GROUP": 128},
+            dots=False,
+        )
+        for bits in (8, 4, 3, 2, 1)
+    ),
+    Case("rank, W", low_rank_weight, CONFIG, _POINTERS | {"left": "bf16", "right": "bf16"}, _TILE, dots=False),
+)

@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from blake3 import blake3
@@ -39,11 +40,12 @@ class Matched:
 
 @dataclass
 class LayerResult:
-    """`output`: label -> {"output", "output_delta"}."""
+    """`output`: label -> {"output", "output_delta"}; `kernels`: what ran the tested outputs, if it wasn't this file."""
 
     name: str
     matrices: list[Matched] = field(default_factory=list)
     output: dict[str, dict[str, float]] = field(default_factory=dict)
+    kernels: "KernelRun | None" = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,12 @@ class Layer:
     number: int
     tested: dict[str, ExpertGroup]
     reference: dict[str, ExpertGroup]
+
+
+class KernelRun(Protocol):
+    """The tested experts' outputs as kernels gave them (through_kernels.py): label -> fp32 [tokens, hidden]."""
+
+    outputs: dict[str, np.ndarray]
 
 
 def layer_name(group: ExpertGroup) -> str:
@@ -69,9 +77,17 @@ def random_states(seed: int, layer: int, tokens: int, width: int) -> np.ndarray:
 
 
 def compare_layer(
-    tested: Source, reference: Source, layer: Layer, states: np.ndarray | None, advance: Callable[[int], None]
+    tested: Source,
+    reference: Source,
+    layer: Layer,
+    states: np.ndarray | None,
+    advance: Callable[[int], None],
+    run_kernels: Callable[[dict[str, ExpertGroup], np.ndarray], KernelRun] | None = None,
 ) -> LayerResult:
-    """Compare every expert of one layer. `states` fp32 [tokens, hidden], or None where outputs are not wanted."""
+    """Compare every expert of one layer. `states` fp32 [tokens, hidden], or None where outputs are not wanted.
+
+    With `run_kernels` the outputs under test are what it makes of the tested groups, not those of the decoded weights.
+    """
     result = LayerResult(layer.name)
     outputs = (
         _Outputs(states, tested.activation) if states is not None and {"up", "down"} <= set(layer.tested) else None
@@ -80,7 +96,8 @@ def compare_layer(
         group, other = layer.tested[projection], layer.reference[projection]
         result.matrices += _compare_group(tested, reference, group, other, outputs, advance)
     if outputs is not None:
-        result.output = outputs.errors()
+        result.kernels = run_kernels(layer.tested, states) if run_kernels else None
+        result.output = outputs.errors(result.kernels.outputs if result.kernels else {})
     return result
 
 
@@ -197,15 +214,13 @@ class _Outputs:
     def _activate(self, whose: str, label: str | None) -> np.ndarray:
         up = np.concatenate(self._hidden.pop((whose, label, "up")), axis=1)
         if (whose, label, "gate") not in self._hidden:
-            return activate(up, self._activation)
-        gate = np.concatenate(self._hidden.pop((whose, label, "gate")), axis=1)
-        if self._activation == "gpt_oss":  # clamped, sigmoid of 1.702 gate, and 1 added to up
-            gate, up = np.minimum(gate, 7), np.clip(up, -7, 7) + 1
-            return gate / (1 + np.exp(-1.702 * gate)) * up
-        return activate(gate, self._activation) * up
+            return gated(None, up, self._activation)
+        return gated(np.concatenate(self._hidden.pop((whose, label, "gate")), axis=1), up, self._activation)
 
-    def errors(self) -> dict[str, dict[str, float]]:
+    def errors(self, kernels: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+        """`kernels`: outputs by label that take the place of those gathered here for the checkpoint under test."""
         whole = {key: np.concatenate(parts, axis=1).astype(np.float64) for key, parts in self._down.items()}
+        whole |= {("tested", label): y.astype(np.float64) for label, y in kernels.items() if ("tested", label) in whole}
         found = {}
         for label in (label for whose, label in whole if whose == "tested"):
             y, expected, base = whole["tested", label], whole["reference", label], whole["base", None]
@@ -219,6 +234,16 @@ def _ratio(error: float, scale: float) -> float:
     if not math.isfinite(error):
         return math.inf
     return error / scale if scale > 0 else (0.0 if error == 0 else math.inf)
+
+
+def gated(gate: np.ndarray | None, up: np.ndarray, name: str) -> np.ndarray:
+    """fp32 products with gate (None: there is none) and up -> what goes into down."""
+    if gate is None:
+        return activate(up, name)
+    if name == "gpt_oss":  # clamped, sigmoid of 1.702 gate, and 1 added to up
+        gate, up = np.minimum(gate, 7), np.clip(up, -7, 7) + 1
+        return gate / (1 + np.exp(-1.702 * gate)) * up
+    return activate(gate, name) * up
 
 
 def activate(x: np.ndarray, name: str) -> np.ndarray:

@@ -7,6 +7,9 @@ all experts there, none with a NaN or an infinity, none all zero.
 Against a reference, experts are matched by layer, projection and number, in whatever form the files keep them. They
 must be equal bit for bit, unless a bound is given, or the tested one is a lossy DeRS conversion of just this
 reference: then the errors must be those noted at conversion. All other tensors must be equal.
+
+With a backend the outputs under test are made by kernels from the packed parts, and must be those of the decoded
+experts (through_kernels.py).
 """
 
 import json
@@ -15,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from blake3 import blake3
@@ -31,6 +34,9 @@ from .layouts import ExpertGroup, find_layout, unsliced
 from .report import Progress, shown
 from .restore import check_places, source_specs
 from .source import DersSource, Source
+
+if TYPE_CHECKING:  # they need torch
+    from .through_kernels import LayerRun, ThroughKernels
 
 SCHEMA = 1
 NOTED = 1e-3  # relative: errors noted at conversion have six digits, and their sums another order
@@ -58,6 +64,7 @@ class Report:
     findings: list[dict[str, str]] = field(default_factory=list)
     checks: dict[str, str] = field(default_factory=dict)
     experts: list[dict[str, Any]] = field(default_factory=list)
+    kernels: dict[str, Any] | None = None  # {"backend", "experts", "decoded"}, if a backend ran
 
     def add(self, where: str, problem: str = "") -> None:
         """Note a check that was made, and its problem if it has one."""
@@ -75,6 +82,7 @@ class Report:
             "checks": len(self.checks),
             "findings": self.findings,
             "experts": self.experts,
+            **({"kernels": self.kernels} if self.kernels else {}),
         }
 
 
@@ -88,17 +96,21 @@ def verify(
     seed: int,
     jobs: int,
     quiet: bool,
+    backend: str | None = None,
 ) -> Report:
-    """Check `tested` by itself and, if given, against `reference`."""
+    """Check `tested` by itself and, if given, against `reference`; by the kernels of a backend, if one is named."""
+    through = _kernels(tested, backend, outputs) if backend else None
     report = Report(str(tested.reader.folder), str(reference.reader.folder) if reference else None)
+    if through:
+        report.kernels = {"backend": through.backend, "experts": [], "decoded": through.decoded}
     expert_bytes = sum(TensorSpec(g.shape, g.dtype).nbytes * len(g.members) for g in tested.groups)
     with shown(f"verifying {tested.reader.folder.name}", expert_bytes * (2 if reference else 1), quiet) as progress:
         if isinstance(tested, DersSource):
             _intact(tested, report, jobs, progress)
         elif reference is None:
             _readable(tested, report, jobs, progress)
+        states = _states(hidden) if hidden and (reference or through) else None
         if reference is not None:
-            states = _states(hidden) if hidden else None
             layers = _match(tested, reference, report)
             tasks = [
                 partial(
@@ -108,12 +120,20 @@ def verify(
                     layer,
                     _states_of(layer, states, seed, tokens) if outputs else None,
                     progress.advance,
+                    through.run if through else None,
                 )
                 for layer in layers
             ]
             for result in local.run(tasks, jobs):
                 _judge(tested, result, bounds, report)
+                if result.kernels:
+                    _judge_kernels(result.name, result.kernels, report)
             _compare_others(tested, reference, report)
+        elif through:
+            layers = _layers(tested)
+            tasks = [partial(through.run, la.tested, _states_of(la, states, seed, tokens)) for la in layers]
+            for layer, run in zip(layers, local.run(tasks, jobs), strict=True):
+                _judge_kernels(layer.name, run, report)
     return report
 
 
@@ -343,6 +363,37 @@ def _compare_others(tested: Source, reference: Source, report: Report) -> None:
             report.add(
                 name, "" if tested.reader.hashes(mine[name]) == reference.reader.hashes(theirs[name]) else "differs"
             )
+
+
+# --- kernels
+
+
+def _kernels(tested: Source, backend: str, outputs: bool) -> "ThroughKernels":
+    if not outputs:
+        raise UsageError("--backend runs the FFN's outputs, --no-output leaves them out; expected one of the two")
+    try:
+        from .through_kernels import ThroughKernels
+    except ImportError as error:
+        raise UsageError(f"--backend {backend}: {error}; pip install torch") from None
+    return ThroughKernels(tested, backend)
+
+
+def _layers(source: Source) -> list[Layer]:
+    """The layers of one checkpoint."""
+    groups: dict[str, dict[str, ExpertGroup]] = defaultdict(dict)
+    for group in source.groups:
+        groups[layer_name(group)][group.projection] = group
+    return [Layer(name, next(iter(own.values())).layer, own, {}) for name, own in groups.items()]
+
+
+def _judge_kernels(layer: str, run: "LayerRun", report: Report) -> None:
+    for label, found in run.agreement.items():
+        report.kernels["experts"].append(
+            {"layer": layer, "expert": label, "distance": found.distance, "allowed": found.allowed}
+        )
+        off = f"{found.distance:.2e} of its output's length, allowed {found.allowed:.2e}"
+        problem = "" if found.holds else f"kernels ({report.kernels['backend']}) differ from the decoded expert: {off}"
+        report.add(f"{layer}, expert {label}", problem)
 
 
 # --- hidden states

@@ -1,5 +1,8 @@
 """A verify report for a person: findings first, then one table of errors by projection."""
 
+from collections import Counter
+from typing import Any
+
 from .report import print_table
 from .verify import Report
 
@@ -30,6 +33,8 @@ def print_report(report: Report, quiet: bool) -> None:
             ["projection", "experts", "max abs", "weight", "delta", "output", "output/delta", "cosine"],
             rows,
         )
+    if report.kernels and not quiet:
+        _print_kernels(report.kernels)
     against = f" against {report.against}" if report.against else ""
     if report.findings:
         print(f"{report.source}{against}: {len(report.findings)} finding(s) in {len(report.checks)} checks")
@@ -40,6 +45,15 @@ def print_report(report: Report, quiet: bool) -> None:
             else ""
         )
         print(f"{report.source}{against}: all well, {len(report.checks)} checks{equal}")
+
+
+def _print_kernels(kernels: dict[str, Any]) -> None:
+    """One line for what the backend ran, one for each reason why groups were decoded instead."""
+    experts, reasons = kernels["experts"], Counter(kernels["decoded"].values())
+    distance = f", at most {max(e['distance'] for e in experts):.1e} from the decoded experts'" if experts else ""
+    rows = [[kernels["backend"], f"{len(experts)} experts' outputs{distance}"]]
+    rows += [["decoded", f"{count} groups: {why}"] for why, count in reasons.items()]
+    print_table("through kernels", ["by", "what"], rows)
 
 
 def _worst(experts: list[dict], key: str) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import options as o
+from ..backends import OPTIONAL_BACKEND, choices_shown
 from ..errors import DersError, UsageError
 
 
@@ -37,6 +38,7 @@ def verify(
     ] = None,
     output: Annotated[bool, typer.Option("--output/--no-output", help="Measure the FFN's output error too.")] = True,
     tokens: Annotated[int, typer.Option("--tokens", help="Random hidden states per layer.", min=1, max=4096)] = 16,
+    backend: OPTIONAL_BACKEND = None,
     shared: o.SHARED = False,
     seed: o.SEED = None,
     jobs: o.JOBS = None,
@@ -54,6 +56,8 @@ def verify(
 
         ders verify mixtral-ders-int4 --against mixtral --max-output-error 0.05
 
+        ders verify mixtral-ders-int4 --against mixtral --backend triton
+
         ders verify their-mixtral our-mixtral --junit verify.xml
     """
     from .. import verify as action
@@ -67,10 +71,10 @@ def verify(
     if bounds.given and reference is None:
         raise UsageError("bounds are on the difference from a reference; give it by --against")
     try:
-        with open_source(model, shared) as tested:
+        with open_source(model, shared) as tested, choices_shown(quiet):
             other = open_source(reference, shared or tested.shared) if reference else None
             report = action.verify(
-                tested, other, bounds, hidden, output, tokens, seed or 0, jobs or o.default_jobs(), quiet
+                tested, other, bounds, hidden, output, tokens, seed or 0, jobs or o.default_jobs(), quiet, backend
             )
     except DersError as error:
         if junit:

@@ -59,7 +59,8 @@ def pack(delta: Ints, expert: int) -> FourBits:
 
 def product(x: Tensor, packed: FourBits) -> Tensor:
     """[T, in] bf16 -> [T, out] bf16 = x @ D.T"""
-    x = torch.nn.functional.pad(x, (0, -x.shape[1] % packed.group))
+    if missing := -x.shape[1] % packed.group:
+        x = torch.nn.functional.pad(x, (0, missing))
     x = torch.cat([x, x], 1) if packed.twice else x.contiguous()
     return torch._weight_int4pack_mm_for_cpu(x, packed.codes, packed.group, packed.scales)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..deltas import Delta, Drawn, Ints, Kept, LowRank, Sum
 from . import decode, four_bits, rank_products, scattered, tables
 
-FEW_KEPT = 0.02  # share up to which the sparse product wins at any number of pairs
+FEW_KEPT = 0.025  # share up to which the sparse product wins at any number of pairs
 FEW = 4  # pairs of an expert up to which one compiled call beats torch's two products (rank 16 and 64, [5632, 2048])
 
 

@@ -13,6 +13,7 @@ Codes of 64 rows stand side by side, a 32-bit word of each: words [E, out / 64, 
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -54,7 +55,12 @@ def refuses(bits: int, group: int) -> str:
     """Why there are no lookups for such codes here, "" if there are."""
     if bits not in _LEVELS or group * bits % 32:
         return f"lookups take 1 or 2 bits and groups of whole 32-bit words, not int{bits} in groups of {group}"
-    return "" if binding.get_host_cpu_features().get("avx512f") else "lookups need a processor with AVX-512"
+    return "" if _has_lookups() else "lookups need a processor with AVX-512"
+
+
+@cache
+def _has_lookups() -> bool:
+    return bool(binding.get_host_cpu_features().get("avx512f"))
 
 
 def arrange(delta: Ints) -> Tables:

@@ -165,6 +165,21 @@ def test_integers_decode_every_code(bits):
     assert bits > 1 or np.isfinite(out).all()
 
 
+@SHAPED
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_integers_synthesize(bits, shape):
+    """In one pass the bits of two: bases with NaN, infinities and subnormals, every code, scales of any size."""
+    random = np.random.default_rng(bits)
+    codes = random.integers(0, 1 << bits, shape, dtype=np.uint8)
+    packed, base = reference.pack_codes(torch.from_numpy(codes), bits).numpy(), patterns("BF16", shape, bits)
+    for group in (1, 7, 64, 200):
+        scales = random.integers(0, 0x7F80, (shape[0], -(-shape[1] // group)), dtype=np.uint16)
+        change = reference.decode_int(torch.from_numpy(codes), stored(scales, "BF16"), bits, group)
+        out = np.full(shape, NAN, np.uint16)
+        ints.synthesize(packed, scales, bits, group, base, out)
+        same(floats.widen(out, "BF16"), reference.synthesize(stored(base, "BF16"), change).float())
+
+
 @pytest.mark.parametrize("bits", range(3, 9))
 def test_integers_halfway(bits):
     """With a scale of just 1, halves go to the even code; -max|d| is a code of its own, not clipped."""
@@ -223,6 +238,48 @@ def test_largest_of_blocks(kind, shape, n, m):
     columns = np.full((shape[0], shape[1] // m * n + min(n, shape[1] % m)), -1, np.int32)
     select.largest_of_blocks(keys, n, m, columns)
     assert (columns == reference.n_of_m_columns(expected, n, m).numpy()).all()
+
+
+@SHAPED
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 3), (7, 8), (3, 64)])
+def test_columns_of_blocks(shape, n, m):
+    """From the bitmap again; a column that moves to the next block is seen, and so is one that is not there."""
+    (rows, width), keys = shape, keys_of("gaussian", shape)[0]
+    columns = np.full((rows, width // m * n + min(n, width % m)), -1, np.int32)
+    select.largest_of_blocks(keys, n, m, columns)
+    bitmap = reference.pack_bitmap(torch.from_numpy(columns).long(), width).numpy()
+    found = np.full_like(columns, -1)
+    assert select.columns_of_blocks(bitmap, width, n, m, found) == -1
+    assert (found == columns).all()
+    row = rows - 1
+    damaged = {"one less": columns[row, 1:]}
+    if free := sorted(set(range(min(m, width))) - set(columns[row].tolist())):
+        damaged["one more"] = np.append(columns[row], free[0])
+        if width > m:
+            damaged["in an earlier block"] = np.append(columns[row, :-1], free[0])
+            last = (width - 1) // m * m
+            if more := sorted(set(range(last, width)) - set(columns[row].tolist())):
+                damaged["in a later block"] = np.append(columns[row, 1:], more[0])
+    for name, kept in damaged.items():
+        bits = bitmap.copy()
+        bits[row] = reference.pack_bitmap(torch.from_numpy(np.sort(kept))[None].long(), width).numpy()
+        assert select.columns_of_blocks(bits, width, n, m, found) == row, name
+    if width % 8:
+        bitmap[row, -1] |= 0x80  # past the last column
+        assert select.columns_of_blocks(bitmap, width, n, m, found) == row
+
+
+@SHAPED
+def test_scatter(shape):
+    (rows, width), random = shape, np.random.default_rng(0)
+    kept = (width + 1) // 2
+    columns = np.stack([np.sort(random.permutation(width + 1)[:kept]) for _ in range(rows)]).astype(np.int32)
+    columns[0, -1] = width  # none
+    values = random.standard_normal((rows, kept)).astype(np.float32)
+    out = np.full(shape, np.nan, np.float32)
+    select.scatter(columns, values, out)
+    wide = torch.zeros(rows, width + 1).scatter(1, torch.from_numpy(columns).long(), torch.from_numpy(values))
+    same(out, wide[:, :width])
 
 
 @SHAPED

@@ -16,6 +16,7 @@ import torch.multiprocessing
 import torch.utils.checkpoint
 from command import done
 from ders_kernels.counter_rng import make_key
+from ders_kernels.cpu_ops import tables
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -34,7 +35,9 @@ from ders_cli.runtime.choice import choose
 from ders_cli.runtime.dtypes import TORCH, bits_of, from_bits
 from ders_cli.runtime.experts import DersExperts
 from ders_cli.runtime.group import RuntimeGroup, runtime_groups, split_name
-from ders_cli.runtime.projection import WEIGHTS, DersProjection
+from ders_cli.runtime.lookups import Lookups
+from ders_cli.runtime.packed import Packed
+from ders_cli.runtime.projection import WEIGHTS, DersProjection, short_form
 from ders_cli.source import DersSource, stored_parts
 
 FP32, BF16 = 1e-5, 3e-2
@@ -376,13 +379,17 @@ def test_a_wrong_projection_is_refused() -> None:
 def test_choice() -> None:
     shape = (5632, 2048)
 
-    def way(codec: str, tokens: float, kept: bool = True, gradient: bool = False, runs: bool = True) -> str:
+    def way(
+        codec: str, tokens: float, active: int = 8, kept: bool = True, gradient: bool = False, runs: bool = True
+    ) -> str:
         made = projection_of(codec, (16, 32)) if runs else None
-        return choose(parse_codec(codec, 32), made and made.form, shape, tokens, kept, gradient)
+        return choose(parse_codec(codec, 32), made and made.form, shape, tokens, active, kept, gradient)
 
-    assert way("int4", 1) == way("int1", 4) == way("int4", 64, kept=False) == "apart"
-    assert way("int4", 16) == way("int4", 256, kept=False) == "whole"
-    assert way("int8", 1) == way("exact", 1) == way("drop0.9+int4", 1) == "whole"
+    assert way("int4", 1) == way("int1", 8) == way("int4", 16, kept=False) == way("int8", 1) == "apart"
+    assert way("int4", 16) == way("int4", 32, kept=False) == way("int8", 4) == way("int8", 1, active=2) == "whole"
+    assert way("exact", 1) == way("drop0.9+int4", 1) == "whole"
+    assert way("int4", 1, active=1) == way("drop0.99", 1, active=1) == "whole"  # base and delta are more than one W
+    assert way("int4", 1, active=1, kept=False) == way("rank16", 1, active=1) == way("int8", 1, 2, False) == "apart"
     assert way("int4", 1, runs=False) == "whole"
     shape = (1536, 576)  # calls cost more than reading: kept weights, if they are kept
     assert way("int4", 1) == way("rank16", 1) == way("drop0.99", 1) == "whole"
@@ -408,7 +415,7 @@ def test_cache_keeps_its_bound_and_the_latest(cache, monkeypatch: pytest.MonkeyP
     made: list[tuple[int, int]] = []
     plain = DersProjection.weight
     monkeypatch.setattr(DersProjection, "weight", lambda self, m: made.append((id(self), m)) or plain(self, m))
-    first, second = experts_of("int4", 4), experts_of("int4", 4)
+    first, second = experts_of("top0.1", 4), experts_of("top0.1", 4)
     assert second.cache_bytes == first.cache_bytes == cache.limit
     one = HIDDEN * INNER * 2  # bytes of a weight in bf16
     first.cache_bytes = 5 * one
@@ -449,7 +456,7 @@ def test_cache_drops_the_least_recently_used(cache, monkeypatch: pytest.MonkeyPa
 
 
 def test_whole_where_all_weights_have_room(cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At 32 tokens an expert synthesised int4 weights win if all can be kept; else the packed product does."""
+    """At 32 tokens an expert synthesised weights win if all can be kept; else int4's are made in blocks, and none is kept."""
     made: list[int] = []
     plain = DersProjection.weight
     monkeypatch.setattr(DersProjection, "weight", lambda self, m: made.append(m) or plain(self, m))
@@ -462,6 +469,27 @@ def test_whole_where_all_weights_have_room(cache, monkeypatch: pytest.MonkeyPatc
             module(x, index, weights)
         assert len(made) == expected
         del module
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4", "int1", "int2+rank2", "top0.3"])
+@pytest.mark.parametrize("way", ["apart", "whole", "auto"])
+def test_without_room(codec: str, way: str, cache) -> None:
+    """What isn't kept is made for each call, integers block by block: the same layer."""
+    module = experts_of(codec, 5)
+    cache.limit, module.way = 0, way
+    for tokens, k in ((1, 1), (1, 5), (70, 2)):
+        x, (index, weights) = inputs(tokens, torch.bfloat16), routing(tokens, k, 5)
+        with torch.no_grad():
+            close(module(x, index, weights), reference(module, x, index, weights), BF16)
+    assert cache.held == 0
+
+
+def test_forms_of_integers() -> None:
+    """Lookups for 1 and 2 bits where the processor has them, torch's 4-bit kernel for the others."""
+    forms = {c: projection_of(c, (64, 64)).form for c in ("int1", "int2", "int3", "int4", "int8")}
+    few = Packed if tables.refuses(1, 32) else Lookups
+    assert [type(form) for form in forms.values()] == [few, few, Packed, Packed, Packed]
+    assert short_form(projection_of("int4", (33, 40)).group) is None
 
 
 def test_training_keeps_columns_and_frees_packed_codes() -> None:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from ders_kernels.cpu_ops import floats
+from ders_kernels.cpu_ops import floats, select
 
 from ..checkpoint.tensor import FLOATS, TensorSpec
 from ..errors import CheckpointError, UsageError
@@ -122,8 +122,8 @@ class SelectiveCodec(DeltaCodec):
 
     def scatter(self, parts: Parts, values: np.ndarray, shape: tuple[int, int], key: int, row: int) -> np.ndarray:
         """fp32 values [rows, k] -> fp32 [rows, in], zeros elsewhere."""
-        out = np.zeros(shape, np.float32)
-        np.put_along_axis(out, self.columns(parts, shape, key, row), values, axis=1)
+        out = np.empty(shape, np.float32)
+        select.scatter(self.columns(parts, shape, key, row), values, out)
         return out
 
 

@@ -58,5 +58,12 @@ class IntCodec(DeltaCodec):
         ints.decode(parts["codes"], parts["scale"], self.bits, self.group_size, out)
         return out
 
+    def decode_expert(self, parts: Parts, base: np.ndarray, dtype: str, key: int, row: int) -> np.ndarray:
+        if dtype != "BF16":
+            return super().decode_expert(parts, base, dtype, key, row)
+        out = np.empty(base.shape, np.uint16)
+        ints.synthesize(parts["codes"], parts["scale"], self.bits, self.group_size, base, out)
+        return out
+
 
 CODEC = IntCodec

@@ -51,15 +51,11 @@ class NOfMCodec(SelectiveCodec):
         return {"bitmap": np.packbits(bits, axis=1, bitorder="little")}, values * gain(delta, values)
 
     def columns(self, parts: Parts, shape: tuple[int, int], key: int, row: int) -> np.ndarray:
-        bits = np.unpackbits(parts["bitmap"], axis=1, bitorder="little")
-        tail = -shape[1] % self.m
-        in_blocks = np.pad(bits[:, : shape[1]], ((0, 0), (0, tail))).reshape(shape[0], -1, self.m).sum(axis=2)
-        expected = np.full(in_blocks.shape[1], self.n)
-        expected[-1] = min(self.n, self.m - tail)
-        bad = (in_blocks != expected).any(axis=1) | bits[:, shape[1] :].any(axis=1)
-        if bad.any():
-            raise ValueError(f"row {row + int(bad.argmax())}: bitmap does not keep {self.n} of every {self.m}")
-        return np.nonzero(bits)[1].reshape(shape[0], -1).astype(np.int32)
+        columns = np.empty((shape[0], self.kept(shape[1])), np.int32)
+        bad = select.columns_of_blocks(parts["bitmap"], shape[1], self.n, self.m, columns)
+        if bad >= 0:
+            raise ValueError(f"row {row + bad}: bitmap does not keep {self.n} of every {self.m}")
+        return columns
 
 
 CODEC = NOfMCodec

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..runtime import gpu
 from ..runtime.experts import DersExperts
 from ..runtime.group import RuntimeGroup
 from ..runtime.projection import WEIGHTS, DersProjection
@@ -37,7 +38,7 @@ class HfExperts(DersExperts):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As DersExperts, and as the stock module itself where all weights are synthesised and have room to be kept."""
-        if self._runs_as_stock(hidden_states, top_k_index):
+        if not gpu.runs(self, hidden_states) and self._runs_as_stock(hidden_states, top_k_index):
             projections = {
                 p: [(m, m.member_of[e]) for e in range(len(m.member_of))] for p, m in self._projections().items()
             }
@@ -62,8 +63,8 @@ class HfExperts(DersExperts):
             return False
         if any(side * x.element_size() % GROUPED_BYTES for side in self.up_proj.group.shape):
             return False
-        tokens = index.numel() / max(1, index.unique().numel())
-        return not any(self._apart(m, x, tokens) for m in projections)
+        active = index.unique().numel()
+        return not any(self._apart(m, x, index.numel(), active) for m in projections)
 
     def _activate(self, gate: Tensor | None, up: Tensor) -> Tensor:
         """gate, up [tokens, inner] -> [tokens, inner], joined as the stock `_apply_gate` expects them."""

@@ -9,12 +9,14 @@ synthesised weights, as a stock expert does. Each projection goes the way that i
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
+from . import gpu
 from .choice import choose
 from .group import RuntimeGroup
 from .projection import WEIGHTS, DersProjection
@@ -35,6 +37,15 @@ class _Routed(NamedTuple):
     expert: int
     tokens: Tensor | None  # int64 [t]; None: all of them, in order
     gates: Tensor  # [t, 1] fp32
+
+
+class _Bundle(NamedTuple):
+    """Some experts, and their pairs of token and expert, one expert's after the other's."""
+
+    experts: list[int]
+    counts: list[int]  # pairs of each
+    tokens: Tensor | None  # int64 [pairs]; None: all tokens, in order
+    gates: Tensor  # [pairs, 1] fp32
 
 
 class DersExperts(nn.Module):
@@ -83,6 +94,8 @@ class DersExperts(nn.Module):
 
         An expert number that no group has (transformers' mark for "not on this rank") adds nothing.
         """
+        if gpu.runs(self, hidden_states):
+            return gpu.forward(self, hidden_states, top_k_index, top_k_weights)
         routed = _by_expert(top_k_index, top_k_weights)
         out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
         for name in self._slices:
@@ -99,69 +112,65 @@ class DersExperts(nn.Module):
 
     def _run(self, owner: nn.Module, x: Tensor, routed: list[_Routed]) -> Tensor:
         """x [T, hidden], the experts of one slice -> [T, hidden] fp32."""
-        xs = list(_taken(x, routed))
-        ups = self._products(owner.up_proj, x, xs, routed)
-        gates = self._products(owner.gate_proj, x, xs, routed) if owner.gate_proj else None
+        bundles, active = _bundles(routed, x), len(routed)
+        xs = list(_taken(x, bundles))
+        ups = self._products(owner.up_proj, x, xs, bundles, active)
+        gates = self._products(owner.gate_proj, x, xs, bundles, active) if owner.gate_proj else repeat(None)
         down, out = owner.down_proj, torch.zeros(x.shape[0], owner.down_proj.group.shape[0], device=x.device)
-        apart = self._apart(down, x, _mean_tokens(routed))
+        apart = self._apart(down, x, _pairs(bundles), active)
         mixed = torch.zeros(x.shape[0], down.group.shape[1], device=x.device) if apart else None  # sum_k g_k h_k
         pieces = _pieces(down, x)
-        for bundle in _bundles(routed):
-            tokens, weights = _joined_tokens(bundle, x), torch.cat([r.gates for r in bundle])
-            gate = torch.cat([next(gates) for _ in bundle]) if gates else None
-            hidden = self.activate(gate, torch.cat([next(ups) for _ in bundle]))
+        for bundle, gate, up in zip(bundles, gates, ups, strict=False):
+            hidden = self.activate(gate, up)
             if apart:
-                _add(mixed, hidden * weights, tokens)
-            ys = []
-            for r, own in zip(bundle, hidden.split([len(r.gates) for r in bundle]), strict=True):
-                y = self._down(down, own, r.expert, apart, pieces)
-                ys += [] if y is None else [y]
-            if ys:
-                _add(out, torch.cat(ys) * weights, tokens)
+                _add(mixed, hidden * bundle.gates, bundle.tokens)
+            if not apart or not down.no_delta or self.biases:
+                y = self._of_pairs(down, hidden, None, bundle, apart, pieces)
+                _add(out, y * bundle.gates, bundle.tokens)
         return out + down.base_product(mixed.to(x.dtype)) if apart else out
 
-    def _down(
-        self, down: DersProjection, hidden: Tensor, expert: int, apart: bool, pieces: list[dict[str, Tensor]] | None
-    ) -> Tensor | None:
-        """[t, inner] -> [t, hidden] of one expert with its bias, without the base's part if `apart`; None: nothing."""
-        member, y = down.member_of[expert], None
-        if not apart:
-            y = down.whole_product(hidden, member, pieces and pieces[member])
-        elif not down.no_delta:
-            y = down.delta_product(hidden, member, pieces and pieces[member])
-        bias = self.biases("down", expert) if self.biases else None
-        if bias is None:
-            return y
-        return bias.expand(hidden.shape[0], -1) if y is None else y + bias
-
     def _products(
-        self, projection: DersProjection, x: Tensor, xs: list[Tensor], routed: list[_Routed]
+        self, projection: DersProjection, x: Tensor, xs: list[Tensor], bundles: list[_Bundle], active: int
     ) -> Iterator[Tensor]:
-        """[t, out] for one expert after the other: its x @ W.T and bias."""
-        pieces = _pieces(projection, x)
-        apart = self._apart(projection, x, _mean_tokens(routed))
-        of_base = _taken(projection.base_product(x), routed) if apart else [None] * len(routed)
-        for r, own, y in zip(routed, xs, of_base, strict=True):
-            member = projection.member_of[r.expert]
-            if y is None:
-                y = projection.whole_product(own, member, pieces and pieces[member])
-            elif not projection.no_delta:
-                y = y + projection.delta_product(own, member, pieces and pieces[member])
-            bias = self.biases(projection.group.projection, r.expert) if self.biases else None
-            yield y if bias is None else y + bias
+        """[pairs, out] for one bundle after the other: x @ W.T and bias."""
+        pieces, apart = _pieces(projection, x), self._apart(projection, x, _pairs(bundles), active)
+        of_base = _taken(projection.base_product(x), bundles) if apart else repeat(None)
+        for bundle, own, base in zip(bundles, xs, of_base, strict=False):
+            yield self._of_pairs(projection, own, base, bundle, apart, pieces)
 
-    def _apart(self, projection: DersProjection, x: Tensor, tokens: float) -> bool:
-        """tokens: the mean number for an expert that has any."""
+    def _of_pairs(
+        self,
+        projection: DersProjection,
+        x: Tensor,
+        base: Tensor | None,
+        bundle: _Bundle,
+        apart: bool,
+        pieces: list[dict[str, Tensor]] | None,
+    ) -> Tensor:
+        """x [pairs, in] -> [pairs, out]: x @ W.T, or if `apart` x @ D.T and what is given as base; and bias."""
+        members = [projection.member_of[expert] for expert in bundle.experts]
+        if not apart:
+            y = projection.whole_products(x, members, bundle.counts, pieces)
+        elif projection.no_delta and base is not None:
+            y = base
+        else:
+            y = projection.delta_products(x, members, bundle.counts, pieces)
+            y = y if base is None else base + y
+        if not self.biases:
+            return y
+        biases = [self.biases(projection.group.projection, expert) for expert in bundle.experts]
+        if biases[0] is None:
+            return y
+        return y + torch.cat([b.expand(n, -1) for b, n in zip(biases, bundle.counts, strict=True)])
+
+    def _apart(self, projection: DersProjection, x: Tensor, pairs: int, active: int) -> bool:
+        """Pairs of token and expert, and how many experts have any."""
         if self.way != "auto" or projection.no_delta:
             return self.way != "whole"
         group, gradient = projection.group, projection.differentiates(x)
         form = projection.form if projection.form and projection.form.runs(projection, x, gradient) else None
         kept = not projection.training and projection.has_room()
-        return choose(group.codec, form, group.shape, tokens, kept, gradient) == "apart"
-
-
-def _mean_tokens(routed: list[_Routed]) -> float:
-    return sum(r.gates.shape[0] for r in routed) / len(routed)
+        return choose(group.codec, form, group.shape, pairs / max(1, active), active, kept, gradient) == "apart"
 
 
 def _check(owner: nn.Module, module: str, name: str) -> None:
@@ -206,38 +215,54 @@ def _renumber(routed: list[_Routed], used: Tensor, tokens: int) -> list[_Routed]
     return [r._replace(tokens=number[r.tokens]) for r in routed]
 
 
-def _taken(values: Tensor, routed: list[_Routed]) -> Iterable[Tensor]:
-    """Rows of values [T, n] for one expert after the other.
+def _bundles(routed: list[_Routed], x: Tensor) -> list[_Bundle]:
+    """Experts that go through activation and sums together."""
+    cut, pairs = [[]], 0
+    for r in routed:
+        if cut[-1] and pairs + len(r.gates) > BUNDLE_PAIRS:
+            cut.append([])
+            pairs = 0
+        cut[-1].append(r)
+        pairs += len(r.gates)
+    return [_bundle(some, x) for some in cut]
+
+
+def _bundle(some: list[_Routed], x: Tensor) -> _Bundle:
+    experts, counts = [r.expert for r in some], [len(r.gates) for r in some]
+    if len(some) == 1:
+        return _Bundle(experts, counts, some[0].tokens, some[0].gates)
+    return _Bundle(experts, counts, torch.cat([_tokens(r, x) for r in some]), torch.cat([r.gates for r in some]))
+
+
+def _tokens(r: _Routed | _Bundle, x: Tensor) -> Tensor:
+    """int64, of one expert or bundle"""
+    return torch.arange(x.shape[0], device=x.device) if r.tokens is None else r.tokens
+
+
+def _pairs(bundles: list[_Bundle]) -> int:
+    return sum(len(b.gates) for b in bundles)
+
+
+def _taken(values: Tensor, bundles: list[_Bundle]) -> Iterable[Tensor]:
+    """Rows of values [T, n] for one bundle after the other; of a single token no copies.
 
     With a gradient they are gathered at once, for each gather's backward fills a tensor of the size of all values.
     """
+    if values.shape[0] == 1:
+        return (values.expand(len(b.gates), -1) for b in bundles)
     if not (torch.is_grad_enabled() and values.requires_grad):
-        return (values if r.tokens is None else values[r.tokens] for r in routed)
-    return values[_joined_tokens(routed, values)].split([len(r.gates) for r in routed])
+        return (values if b.tokens is None else values[b.tokens] for b in bundles)
+    return values[torch.cat([_tokens(b, values) for b in bundles])].split([len(b.gates) for b in bundles])
 
 
-def _bundles(routed: list[_Routed]) -> Iterator[list[_Routed]]:
-    """Experts that go through activation and sums together."""
-    bundle, pairs = [], 0
-    for r in routed:
-        if bundle and pairs + len(r.gates) > BUNDLE_PAIRS:
-            yield bundle
-            bundle, pairs = [], 0
-        bundle.append(r)
-        pairs += len(r.gates)
-    if bundle:
-        yield bundle
-
-
-def _joined_tokens(bundle: list[_Routed], x: Tensor) -> Tensor:
-    """int64 [pairs]"""
-    every = torch.arange(x.shape[0], device=x.device)
-    return torch.cat([every if r.tokens is None else r.tokens for r in bundle])
-
-
-def _add(total: Tensor, values: Tensor, tokens: Tensor) -> None:
+def _add(total: Tensor, values: Tensor, tokens: Tensor | None) -> None:
     """total[tokens] += values"""
-    total.index_add_(0, tokens, values.to(total.dtype))
+    if total.shape[0] == 1:
+        total += values.sum(0, dtype=total.dtype)
+    elif tokens is None:
+        total += values
+    else:
+        total.index_add_(0, tokens, values.to(total.dtype))
 
 
 def _pieces(projection: DersProjection, x: Tensor) -> list[dict[str, Tensor]] | None:

@@ -5,6 +5,7 @@ A form offers
     trainable                                  names of the parts that get gradients
     runs(projection, x, gradient)              whether the short way is open to this input
     product(projection, x, member, pieces)     [T, in] -> [T, out] = x @ D.T; pieces may be None: projection.piece(member)
+    products(projection, x, members, counts)   the same for some members' rows of x, one member's after the other's; no gradient
     delta(projection, member, pieces)          D [out, in] fp32, from parts that are in memory wider than stored
     gradients(projection, member, pieces, g)   gradient g [out, in] fp32 to D -> those of the trainable parts
 
@@ -12,10 +13,11 @@ A form offers
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from ders_kernels.cpu_ops.short import each
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -39,6 +41,11 @@ class Form(ABC):
 
     @abstractmethod
     def product(self, projection: "DersProjection", x: Tensor, member: int, pieces: Pieces | None) -> Tensor: ...
+
+    def products(
+        self, projection: "DersProjection", x: Tensor, members: Sequence[int], counts: Sequence[int]
+    ) -> Tensor:
+        return each(x, members, counts, lambda own, member: self.product(projection, own, member, None))
 
     def delta(self, projection: "DersProjection", member: int, pieces: Pieces) -> Tensor:
         raise AssertionError(f"{type(self).__name__} has nothing to train")

@@ -13,7 +13,6 @@ from ders_kernels.deltas import Projection
 from ders_kernels.reference import ACTIVATIONS
 from torch import Tensor
 
-from .deltas import packed_delta
 from .projection import DersProjection
 
 if TYPE_CHECKING:
@@ -51,8 +50,7 @@ def packed(projection: DersProjection) -> Projection | None:
     """Base and packed delta of a group, of the parameters as they are now; None: its codec has no packed delta."""
     mark, held = projection.mark(), _packed.get(projection)
     if held is None or held[0] != mark:
-        group, parts = projection.group, {n: t.detach() for n, t in projection.delta.tensors().items()}
-        delta = packed_delta(group.codec, parts, group.shape[1], group.keys)
+        delta = projection.packed()
         known = delta is not None or projection.no_delta
         held = _packed[projection] = (mark, Projection(projection.base.detach(), delta) if known else None)
     return held[1]

@@ -5,19 +5,23 @@ from them (columns, widened codes, synthesised weights) is no part of the state 
 autograd counts changes: one made through `.data` is seen after the next train() or eval().
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
+from ders_kernels.cpu_ops import blocks
+from ders_kernels.deltas import Delta
 from torch import Tensor, nn
 
 from ..codecs.integers import IntCodec
 from ..codecs.rank import RankCodec
 from .cache import CACHE_BYTES, WeightCache
 from .choice import small
+from .deltas import packed_delta
 from .dtypes import TORCH
-from .forms import Form, product
+from .forms import Form, each, product
 from .group import RuntimeGroup
+from .lookups import Lookups
 from .low_rank import LowRank
 from .packed import Packed
 from .parts import Parts
@@ -32,8 +36,10 @@ def short_form(group: RuntimeGroup) -> Form | None:
     codec = group.codec
     if isinstance(codec, RankCodec):
         return LowRank()
+    if isinstance(codec, IntCodec) and Lookups.fits(codec):
+        return Lookups()
     if isinstance(codec, IntCodec) and Packed.fits(codec, group.shape):
-        return Packed(codec)
+        return Packed()
     return Scattered(codec) if Scattered.fits(codec) else None
 
 
@@ -56,7 +62,7 @@ class DersProjection(nn.Module):
         self.delta = Parts(
             specs, self.form.trainable if self.form else frozenset(), device, dtype if dtype is torch.float32 else None
         )
-        self._made: dict[int, tuple[Any, Any]] = {}
+        self._made: dict[Hashable, tuple[Any, Any]] = {}
         self.has_room()  # asked now, so that the first layers to run know of the last ones
 
     def has_room(self) -> bool:
@@ -108,6 +114,29 @@ class DersProjection(nn.Module):
         """[T, in] -> [T, out] = x @ W.T with the synthesised W, which backward makes again instead of keeping it."""
         return self._dense_product(x, self.base, member, pieces)
 
+    def delta_products(
+        self, x: Tensor, members: Sequence[int], counts: Sequence[int], pieces: list[dict[str, Tensor]] | None = None
+    ) -> Tensor:
+        """`delta_product` of some members' rows of x [pairs, in], one member's after the other's: [pairs, out]."""
+        gradient = self.differentiates(x)
+        if self.form and not gradient and self.form.runs(self, x, gradient):
+            return self.form.products(self, x, members, counts)
+        return each(x, members, counts, lambda own, m: self.delta_product(own, m, pieces and pieces[m]))
+
+    def whole_products(
+        self, x: Tensor, members: Sequence[int], counts: Sequence[int], pieces: list[dict[str, Tensor]] | None = None
+    ) -> Tensor:
+        """`whole_product`, likewise. Where W is made in about the time of reading it, and not all have room, none is kept."""
+        fast = isinstance(self.group.codec, IntCodec) and x.device.type == "cpu" and not self.has_room()
+        if fast and not self.differentiates(x) and not torch.is_autocast_enabled("cpu"):
+            return blocks.whole_products(x, self.base.detach(), self.packed(), members, counts)
+        return each(x, members, counts, lambda own, m: self.whole_product(own, m, pieces and pieces[m]))
+
+    def packed(self) -> Delta | None:
+        """All members' parts as the kernels take them."""
+        parts = {name: tensor.detach() for name, tensor in self.delta.tensors().items()}
+        return packed_delta(self.group.codec, parts, self.group.shape[1], self.group.keys)
+
     def piece(self, member: int) -> dict[str, Tensor]:
         """One member's parts; a stream, which all members share, as it is."""
         return {name: t if self._shared(name) else t[member] for name, t in self.delta.tensors().items()}
@@ -124,8 +153,8 @@ class DersProjection(nn.Module):
         """Whether a product with x has to be differentiable."""
         return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
-    def made_once(self, member: int, make: Callable[[], Any]) -> Any:
-        """What a form works out from a member's parts; made again if a parameter that doesn't train has changed."""
+    def made_once(self, member: Hashable, make: Callable[[], Any]) -> Any:
+        """What a form works out from a member's parts, or from all; made again if a parameter that doesn't train has changed."""
         mark = self.mark(fixed=True)
         if (kept := self._made.get(member)) is None or kept[0] != mark:
             with torch.inference_mode(False), torch.no_grad():  # it may be needed for a gradient later

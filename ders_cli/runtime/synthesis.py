@@ -4,17 +4,17 @@ The bits are those of `ders restore` where parameters are in memory as they are 
 fp32, the weight is fp32(base) + D, not rounded. On a device that isn't the CPU: decoded here and moved.
 """
 
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 
 import numpy as np
 import torch
+from ders_kernels.cpu_ops.threads import share
 from torch import Tensor
 
 from ..codecs import DeltaCodec
 from ..codecs.base import Parts
 from ..errors import CheckpointError, UnsupportedError
-from ..source import BLOCK_WEIGHTS, row_blocks
+from ..source import BLOCK_WEIGHTS
 from .dtypes import NAME, TORCH, bits_of
 from .group import RuntimeGroup
 
@@ -46,28 +46,20 @@ def own_parts(group: RuntimeGroup, pieces: Mapping[str, Tensor]) -> Parts:
     return {part: bits_of(piece.to(TORCH[group.parts[f"delta.{part}"].dtype])) for part, piece in pieces.items()}
 
 
-def over_rows(task: Callable[[slice], None], shape: tuple[int, int], step: int | None = None) -> None:
-    """task(rows) for blocks of rows that a core's cache holds; the kernels release the interpreter lock."""
-    blocks = list(row_blocks(shape, step or max(1, BLOCK_WEIGHTS // max(1, shape[1]))))
-    threads = min(torch.get_num_threads(), len(blocks))
-    if threads <= 1:
-        for rows in blocks:
-            task(rows)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(task, blocks))
-
-
 def _decode(group: RuntimeGroup, base: np.ndarray, dtype: str, own: Parts, member: int, out: np.ndarray) -> None:
     """Base's bits [out, in] -> the expert's, written to `out`, which may be the base."""
-    codec = group.codec
+    codec, (_, width) = group.codec, group.shape
+    together = codec.block_rows(group.shape) if codec.lossless else None
+    step = together or max(1, BLOCK_WEIGHTS // max(1, width))
 
-    def block(rows: slice) -> None:
-        parts = _rows(codec, group.shape, own, rows)
-        out[rows] = codec.decode_expert(parts, base[rows], dtype, group.keys[member], rows.start)
+    def some(begin: int, end: int) -> None:
+        for block in range(begin, end):
+            rows = slice(block * step, min((block + 1) * step, out.shape[0]))
+            parts = _rows(codec, group.shape, own, rows)
+            out[rows] = codec.decode_expert(parts, base[rows], dtype, group.keys[member], rows.start)
 
     try:
-        over_rows(block, group.shape, codec.block_rows(group.shape) if codec.lossless else None)
+        share(some, -(-out.shape[0] // step))
     except CheckpointError as error:
         raise CheckpointError(f"{group.name}, expert {group.experts[member]}: {error}") from None
 

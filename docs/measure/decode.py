@@ -4,12 +4,13 @@
     python docs/measure/decode.py --experts 8 --top-k 2 --delta int4      one configuration
 
 Random bf16 layers of hidden 2048 and inner 5632, several of them in turn, so that no cache of the CPU holds their
-weights. Stock is the best of transformers' eager, batched_mm and grouped_mm MixtralExperts. Calls are interleaved;
-medians of wall time and of CPU time (all threads), in ms per layer and call. MB: bytes of expert weights that a call
+weights. Stock is the best of transformers' eager, batched_mm and grouped_mm MixtralExperts, beside which the last, its
+default, is given by name. Calls are interleaved; medians of wall time and of CPU time (all threads), in ms per layer and call. MB: bytes of expert weights that a call
 has to read, for a token. `no cache` is with cache_bytes = 0: nothing synthesised is kept.
 """
 
 import argparse
+import gc
 import statistics
 import time
 from collections import defaultdict
@@ -24,6 +25,7 @@ from ders_cli.checkpoint.tensor import TensorSpec
 from ders_cli.codecs import parse_codec
 from ders_cli.hf.experts import HfExperts
 from ders_cli.runtime.group import RuntimeGroup
+from ders_cli.runtime.packed import Packed
 
 HIDDEN, INNER, GROUP_SIZE = 2048, 5632, 128
 MATRIX = HIDDEN * INNER * 2  # bytes
@@ -96,12 +98,13 @@ def bytes_read(layer: HfExperts, batch: int, top_k: int, active: float, way: str
     delta = 0
     for projection in (layer.gate_proj, layer.up_proj, layer.down_proj):
         for name, part in projection.delta.tensors().items():
-            wide = name == "codes"  # the kernel reads 4 bits, however few are stored
-            delta += HIDDEN * INNER // 2 if wide else part[0].nbytes
+            wide = name == "codes" and isinstance(projection.form, Packed)  # the kernel reads 4 bits, or two times 4
+            delta += HIDDEN * INNER // 2 * (1 + (projection.group.codec.bits > 4)) if wide else part[0].nbytes
     return (pairs + delta * active) / batch / 1e6
 
 
 def compare(experts: int, top_k: int, delta: str, batches: list[int], layers: int, rounds: int, ways: bool) -> None:
+    gc.collect()  # layers of before have reference cycles, and would still be counted to want room
     stock, packed = [stock_layer(experts) for _ in range(layers)], [packed_layer(delta, experts) for _ in range(layers)]
     whole = 3 * MATRIX * experts * layers
 
@@ -141,7 +144,9 @@ def compare(experts: int, top_k: int, delta: str, batches: list[int], layers: in
                 print(
                     f"| {experts} | {top_k} | {delta} | {'cache' if cache else 'no cache'} | {way} | {batch} "
                     f"| {found[best][0]:.2f} ({best}) | {found[way][0]:.2f} | {found[best][0] / found[way][0]:.2f} "
-                    f"| {found[best][1]:.2f} | {found[way][1]:.2f} | {read[0]:.1f} | {read[1]:.1f} |",
+                    f"| {found[best][1]:.2f} | {found[way][1]:.2f} | {found['grouped_mm'][0]:.2f} "
+                    f"| {found['grouped_mm'][0] / found[way][0]:.2f} ({found['grouped_mm'][1] / found[way][1]:.2f}) "
+                    f"| {read[0]:.1f} | {read[1]:.1f} |",
                     flush=True,
                 )
 
@@ -160,7 +165,7 @@ def main() -> None:
     print(
         "| E | top-k | delta | | way | tokens | stock ms | packed ms | times as fast | stock CPU | packed CPU ", end=""
     )
-    print("| stock MB | apart MB |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+    print("| grouped_mm ms | times as fast (CPU) | stock MB | apart MB |\n" + "|---" * 15 + "|")
     with torch.no_grad():
         for experts in given.experts or (8, 16):
             for top_k in given.top_k or (2, 8):

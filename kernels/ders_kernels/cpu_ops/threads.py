@@ -1,5 +1,6 @@
 """One compiled task on all of torch's threads: it releases the interpreter lock, so Python's own threads will do."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -23,3 +24,6 @@ def share(task: Callable[[int, int], object], count: int, worth: int | None = No
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "ders")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has no threads but its own

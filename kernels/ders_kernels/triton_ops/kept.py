@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 
 from .config import BLOCK_POINTERS, Case, Config
+from .settings import INTERPRETED
 from .tiles import block_of, code_at, draw_tile, is_empty, level, narrow, operand, store_sums
 
 CONFIGS = (Config(16, 16, 64, 4, 1), Config(64, 32, 32, 4, 1))
 COLUMNS_CONFIG = Config(0, 8, 128, 4, 1)
+LARGEST_TILE = 1 << 18  # elements; the interpreter takes a program at a time, and time for each
 LONGEST = 1 << 15  # columns whose draws one program of `drop_threshold` holds
 
 
@@ -171,10 +173,10 @@ def drop_threshold(keys, threshold, out, width, kept, ROWS: tl.constexpr, COLUMN
     tl.store(at + 1, last + 1, mask=row < out)
 
 
-def threshold_config(width: int, rows: int) -> Config:
-    """Rows whose draws stay in registers: 16 to 64 of them in a thread."""
+def threshold_config(width: int) -> Config:
+    """A row, whose draws stay in registers, 16 to 64 of them in a thread; in the interpreter as many as it allows."""
     columns = max(16, triton.next_power_of_2(width))
-    return Config(0, rows, columns, min(16, max(1, columns // 1024)), 1)
+    return Config(0, LARGEST_TILE // columns if INTERPRETED else 1, columns, min(16, max(1, columns // 1024)), 1)
 
 
 _DRAWN = {"source": "i64", "keys": "i64", "threshold": "i32"}
@@ -222,9 +224,9 @@ CASES = (
         Case(
             f"drop, thresholds of {width}",
             drop_threshold,
-            config := threshold_config(width, 1),
+            config := threshold_config(width),
             {"keys": "i64", "threshold": "i32"},
-            {"ROWS": 1, "COLUMNS": config.columns, "ALIGNED": True},
+            {"ROWS": config.rows, "COLUMNS": config.columns, "ALIGNED": True},
             dots=False,
         )
         for width in (4096, 14336, LONGEST)

@@ -11,7 +11,7 @@ from ..packing import low_bits
 from . import elias_fano, ints, kept, listed, low_rank
 from .config import Config, fitting
 from .pairs import Blocks
-from .settings import INTERPRETED, wide
+from .settings import wide
 
 
 class Inputs:
@@ -72,7 +72,7 @@ def _ints(inputs: Inputs, delta: Ints, routing: Routing) -> Tensor:
         ints.int_token_product[_grid(blocks, out, config)](
             inputs.planes(unit), delta.codes.view(torch.int32), delta.scale, y, *blocks, inputs.divisor, y.stride(0),
             out, width // unit, row_bytes // 4, groups, BITS=delta.bits, PLANES=unit, STEP=step, ROWS=config.rows,
-            SPLITS=config.splits, STAGES=config.stages, **config.launch(),
+            SPLITS=config.splits, STAGES=config.launch()["num_stages"], **config.launch(),
         )  # fmt: skip
         return y
     config = fitting(ints.CONFIGS, routing.mean)
@@ -171,7 +171,7 @@ def thresholds(delta: Kept) -> tuple[Tensor, Tensor]:
     signed = [key - (key >> 63 << 64) for key in delta.positions.keys]
     keys = torch.tensor(signed, dtype=torch.int64, device=device)
     threshold = torch.empty((experts, out, 2), dtype=torch.int32, device=device)
-    config = kept.threshold_config(width, 256 if INTERPRETED else 1)
+    config = kept.threshold_config(width)
     kept.drop_threshold[(experts, triton.cdiv(out, config.rows))](
         keys, threshold, out, width, delta.kept,
         ROWS=config.rows, COLUMNS=config.columns, ALIGNED=width % 4 == 0, **config.launch(),

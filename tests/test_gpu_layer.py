@@ -14,7 +14,7 @@ TOKENS, EXPERTS, TOP = 5, 4, 2
 def routed(device="cpu"):
     torch.manual_seed(1)
     index = torch.stack([torch.randperm(EXPERTS)[:TOP] for _ in range(TOKENS)])
-    return torch.randn(TOKENS, 64, device=device), index.to(device), torch.rand(TOKENS, TOP, device=device)
+    return torch.randn(TOKENS, 64).to(device), index.to(device), torch.rand(TOKENS, TOP).to(device)
 
 
 def unrounded(projection, member):

@@ -6,12 +6,12 @@ import torch
 import triton
 from torch import Tensor
 
-from ..deltas import Delta, Drawn, Kept, LowRank, Sum
+from ..deltas import Delta, Drawn, Kept, Sum
 from . import gram as gram_kernel
 from . import products
 from .config import fitting
 from .kept import LONGEST
-from .layer import MANY, moe_forward
+from .layer import many, moe_forward
 from .pairs import OneExpert
 from .settings import INTERPRETED, wide
 from .weights import synthesize
@@ -42,7 +42,7 @@ def delta_matmul(x: Tensor, delta: Delta, expert: int) -> Tensor:
     """See dispatch.py."""
     if not x.shape[0]:
         return x.new_empty(0, delta.shape[1])
-    if x.shape[0] > MANY and not isinstance(delta, LowRank):
+    if x.shape[0] >= many(delta):
         nothing = torch.full(delta.shape[1:], -0.0, dtype=x.dtype, device=x.device)
         return x @ synthesize(nothing, delta, expert).T
     return products.product(products.Inputs(x, 1), delta, OneExpert(expert, x)).sum(0).to(x.dtype)

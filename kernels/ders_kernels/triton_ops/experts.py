@@ -40,62 +40,53 @@ def split_sum(parts, splits, pairs, pair, width, row, there, ROWS: tl.constexpr)
 @triton.jit
 def activate(
     gate_base, gate_pairs, up_base, up_pairs, index, gates, hidden, mixed, inner, experts, k, gate_splits, up_splits,
-    NAME: tl.constexpr, GATED: tl.constexpr, BASE: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
+    NAME: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """*_base [T, inner] if BASE, plus *_pairs fp32 [splits, T * k, inner] if PAIRS; index int64 [T, k], gates [T, k]
-    -> hidden [T * k, inner]; if BASE, mixed [T, inner].
+    """*_base [T, inner] plus *_pairs fp32 [splits, T * k, inner], 0 splits where all experts are the base; index int64
+    [T, k], gates [T, k] -> hidden [T * k, inner], mixed [T, inner].
 
     A program has one token and ROWS of its columns. Pairs whose expert isn't there add nothing.
     """
     token = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = row < inner
-    up_once = tl.zeros((ROWS,), tl.float32)
-    gate_once = tl.zeros((ROWS,), tl.float32)
-    if BASE:
-        up_once += tl.load(up_base + token * inner + row, mask=inside, other=0).to(tl.float32)
-        if GATED:
-            gate_once += tl.load(gate_base + token * inner + row, mask=inside, other=0).to(tl.float32)
+    up_once = tl.load(up_base + token * inner + row, mask=inside, other=0).to(tl.float32)
+    gate_once = up_once
+    if GATED:
+        gate_once = tl.load(gate_base + token * inner + row, mask=inside, other=0).to(tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     for place in range(0, k):
         pair = token * k + place
         expert = tl.load(index + pair)
         there = inside & (expert >= 0) & (expert < experts)
-        up, gate = up_once, gate_once
-        if PAIRS:
-            up += split_sum(up_pairs, up_splits, tl.num_programs(0) * k, pair, inner, row, there, ROWS)
-            if GATED:
-                gate += split_sum(gate_pairs, gate_splits, tl.num_programs(0) * k, pair, inner, row, there, ROWS)
+        up = up_once + split_sum(up_pairs, up_splits, tl.num_programs(0) * k, pair, inner, row, there, ROWS)
+        gate = gate_once
+        if GATED:
+            gate += split_sum(gate_pairs, gate_splits, tl.num_programs(0) * k, pair, inner, row, there, ROWS)
         value = activated(gate, NAME) * up if GATED else activated(up, NAME)
         tl.store(hidden + pair * inner + row, narrow(value, hidden.dtype.element_ty), mask=there)
         total += tl.where(there, tl.load(gates + pair).to(tl.float32) * value, 0)
-    if BASE:
-        tl.store(mixed + token * inner + row, narrow(total, mixed.dtype.element_ty), mask=inside)
+    tl.store(mixed + token * inner + row, narrow(total, mixed.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def combine(
-    base, pairs, index, gates, y, out, experts, k, splits, BASE: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr
-):
-    """base [T, out] if BASE, pairs fp32 [splits, T * k, out] if PAIRS -> y [T, out] = base + the token's sum of gate * pair."""
+def combine(base, pairs, index, gates, y, out, experts, k, splits, ROWS: tl.constexpr):
+    """base [T, out], pairs fp32 [splits, T * k, out] -> y [T, out] = base + the token's sum of gate * pair."""
     token = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = row < out
-    total = tl.zeros((ROWS,), tl.float32)
-    if BASE:
-        total += tl.load(base + token * out + row, mask=inside, other=0).to(tl.float32)
-    if PAIRS:
-        for place in range(0, k):
-            pair = token * k + place
-            expert = tl.load(index + pair)
-            there = inside & (expert >= 0) & (expert < experts)
-            value = split_sum(pairs, splits, tl.num_programs(0) * k, pair, out, row, there, ROWS)
-            total += tl.where(there, tl.load(gates + pair).to(tl.float32) * value, 0)
+    total = tl.load(base + token * out + row, mask=inside, other=0).to(tl.float32)
+    for place in range(0, k):
+        pair = token * k + place
+        expert = tl.load(index + pair)
+        there = inside & (expert >= 0) & (expert < experts)
+        value = split_sum(pairs, splits, tl.num_programs(0) * k, pair, out, row, there, ROWS)
+        total += tl.where(there, tl.load(gates + pair).to(tl.float32) * value, 0)
     tl.store(y + token * out + row, narrow(total, y.dtype.element_ty), mask=inside)
 
 
 _ROUTED = {"index": "i64", "gates": "bf16"}
-_STEP = {"BASE": True, "PAIRS": True, "ROWS": CONFIG.rows}
+_STEP = {"ROWS": CONFIG.rows}
 CASES = (
     *(
         Case(

@@ -13,7 +13,7 @@ import torch
 import toy
 from command import ROOT, ders, done, whole
 
-COMMANDS = ["compress", "decompose", "demo", "quantize", "restore", "sparsify", "verify"]
+COMMANDS = ["bench", "compress", "decompose", "demo", "quantize", "restore", "sparsify", "upcycle", "verify"]
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,8 @@ def moe_forward(
     activation: str,
 ) -> Tensor:
     """See dispatch.py."""
+    if not x.shape[0]:
+        return x.new_empty(0, down.base.shape[0])
     deltas = [p.delta for p in (gate, up, down) if p is not None and p.delta is not None]
     pairs = _Pairs(index.contiguous(), deltas[0].shape[0] if deltas else EVERY)
     way = _whole if any(pairs.mean >= many(delta) for delta in deltas) else _apart

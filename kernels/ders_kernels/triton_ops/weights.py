@@ -46,7 +46,8 @@ def synthesize(base: Tensor, delta: Delta, expert: int) -> Tensor:
 
 
 def _elias_fano(base: Tensor, delta: Kept, expert: int) -> Tensor:
-    weight, (out, width), config = base.clone(), base.shape, elias_fano.CONFIG
+    # B + 0 where there are no entries: -0 becomes 0, as it does in the codec
+    weight, (out, width), config = base + 0, base.shape, elias_fano.CONFIG
     low, high, low_bytes, high_bytes, constants = elias_fano_arguments(delta)
     values, scale, value_bytes, groups, valued = value_arguments(delta)
     elias_fano.elias_fano_weight[(triton.cdiv(out, config.rows),)](

@@ -38,7 +38,7 @@ def product(x, weight, y, width, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUM
 
 @triton.jit
 def grown(value, times):
-    positive = value > 0  # a predicate a lane: AMD keeps it in scalar registers
+    positive = value > 0
     for _ in range(times):
         value = tl.where(positive, value * value + value, value * 3)
     return value
@@ -76,7 +76,7 @@ def misspelled(y):
 
 
 CASES = (
-    case("many live values", lanes, Config(0, 0, 1 << 13, 1, 1), dots=False),
+    case("many live values", lanes, Config(0, 0, 1 << 15, 1, 1), dots=False),
     case("long columns", product, Config(64, 64, 512, 4, 4)),
     case("lane by lane", by_lanes, Config(16, 16, 16, 4, 1)),
     case("misspelled", misspelled, Config(0, 0, 0, 4, 1), dots=False),
@@ -142,7 +142,8 @@ def test_bad_kernels(tmp_path):
 
     assert "bad.planted.forgotten: no case in CASES" in said and "grown" not in said
     spilled = wrong("many live values")
-    assert all("spills" in spilled[target] for target in ("sm_80", "sm_90a", "gfx942")), spilled
+    assert all("spills" in spilled[target] for target in ("sm_80", "sm_90a")), spilled
+    assert "bytes of scratch" in spilled["gfx942"] or "vector registers" in spilled["gfx942"], spilled
     large = wrong("long columns")
     assert "of shared memory of 166,912" in large["sm_80"]
     assert "of shared memory of 232,448" in large["sm_90a"]

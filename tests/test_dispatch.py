@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 from ders_kernels import dispatch
-from ders_kernels.deltas import LowRank
+from ders_kernels.deltas import Ints, LowRank, Projection
 
 from ders_cli.backends import Backend, choices_shown
 
@@ -78,7 +78,7 @@ def test_on_stderr(fakes, capsys):
 
 def test_without_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)  # its import fails
-    with pytest.raises(dispatch.Refused, match="needs triton; pip install"):
+    with pytest.raises(dispatch.Refused, match="needs triton, which there is for Linux; pip install"):
         _ran("triton")
 
 
@@ -92,3 +92,35 @@ def test_the_command_lines_choices():
 
 def test_reference_takes_anything():
     assert dispatch.delta_matmul(X, DELTA, 0, backend="reference").tolist() == [[3, 3]]
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+def test_what_does_not_fit_is_said_before_any_backend_runs(backend):
+    x, base, index, gates = torch.ones(2, 8), torch.ones(4, 8), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
+    delta = Ints(torch.zeros(2, 4, 4, dtype=torch.uint8), torch.ones(2, 4, 1, dtype=torch.bfloat16), 4, 8, 8)
+    for expert in (-1, 2):
+        with pytest.raises(IndexError, match=r"expected 0 \.\.\. 1"):
+            dispatch.delta_matmul(x, delta, expert, backend=backend)
+    with pytest.raises(ValueError, match=r"x: expected \[2, 8\], found \[2, 7\]"):
+        dispatch.delta_matmul(x[:, :7], delta, 0, backend=backend)
+    with pytest.raises(ValueError, match=r"base: expected \[4, 8\], found \[3, 8\]"):
+        dispatch.synthesize(base[:3], delta, 0, backend=backend)
+    up, down = Projection(base, delta), Projection(base.T.contiguous(), None)
+    with pytest.raises(ValueError, match="activation 'tanh': expected silu"):
+        dispatch.moe_forward(x, index, gates, None, up, down, "tanh", backend=backend)
+    with pytest.raises(ValueError, match=r"down's base: expected \[8, 4\], found \[4, 8\]"):
+        dispatch.moe_forward(x, index, gates, None, up, up, backend=backend)
+    with pytest.raises(ValueError, match=r"gates: expected \[2, 1\], found \[2, 2\]"):
+        dispatch.moe_forward(x, index, gates.repeat(1, 2), None, up, down, backend=backend)
+
+
+def test_gradients_are_the_references():
+    """The compiled backends have none: named, they refuse; auto passes them by."""
+    left, right = torch.ones(1, 4, 2, requires_grad=True), torch.ones(1, 2, 8)
+    delta, x = LowRank(left, right), torch.ones(2, 8)
+    with pytest.raises(dispatch.Refused, match="needs a gradient"):
+        dispatch.delta_matmul(x, delta, 0, backend="cpu")
+    dispatch.delta_matmul(x, delta, 0).sum().backward()
+    assert left.grad is not None
+    with torch.no_grad():
+        assert dispatch.choose("delta_matmul", "cpu", x, delta).__name__ == dispatch.BACKENDS["cpu"]

@@ -47,13 +47,31 @@ def test_changed_parameters_are_seen(device):
     assert torch.allclose(after, expected, rtol=0, atol=FP32 * expected.abs().max())
 
 
+def test_changed_data_is_seen_after_eval(device):
+    module = experts_of("ternary0.02", EXPERTS, dtype=torch.float32).to(device)
+    with torch.no_grad():
+        gpu.forward(module, *routed(device))
+        module.down_proj.delta.tensors()["scale"].data.mul_(1024)
+        after = gpu.forward(module.train().eval(), *routed(device)).cpu()
+    expected = reference(module.cpu(), *routed(), unrounded)
+    assert torch.allclose(after, expected, rtol=0, atol=FP32 * expected.abs().max())
+
+
+def test_another_activation_is_seen(device):
+    module = experts_of("int4", EXPERTS, dtype=torch.float32).to(device)
+    with torch.no_grad():
+        before = gpu.forward(module, *routed(device))
+        module.activate = lambda gate, up: gate.relu() * up
+        assert not torch.equal(gpu.forward(module, *routed(device)), before)
+
+
 def test_activations_are_known_by_what_they_do():
     assert gpu.activation_name(activate, True) == "silu"
     assert gpu.activation_name(activate, False) == "silu"
     assert gpu.activation_name(lambda gate, up: gelu(gate) * up, True) == "gelu"
     assert gpu.activation_name(lambda gate, up: gelu(gate, approximate="tanh") * up, True) == "gelu_tanh"
     assert gpu.activation_name(lambda gate, up: gate.relu() * up, True) == "relu"
-    assert gpu.activation_name(lambda gate, up: silu(gate.clamp(max=7)) * up, True) == ""
+    assert gpu.activation_name(lambda gate, up: silu(gate.clamp(max=100)) * up, True) == ""
     assert gpu.activation_name(lambda gate, up: silu(gate) * (up + 1), True) == ""
 
 
@@ -82,4 +100,5 @@ def test_takes_the_kernels(dtype):
     bias = experts_of(
         "int4", EXPERTS, biases=lambda projection, expert: torch.zeros(64 if projection == "down" else 48)
     )
-    assert not gpu.runs(bias.cuda().eval(), x)
+    assert not gpu.runs(bias.cuda().eval().requires_grad_(False), x)
+    assert not gpu.runs(experts_of("int4", EXPERTS, dtype=dtype).cuda(), x)  # its base needs a gradient

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from ders_kernels import dispatch, reference
-from ders_kernels.deltas import Delta, Drawn, Ints, Kept, LowRank, Sum
+from ders_kernels.deltas import Bitmap, Delta, Drawn, Ints, Kept, LowRank, Sum
 from ders_kernels.dispatch import Refused
 from test_packed_delta import CODECS, packed
 
 triton = pytest.importorskip("triton")
-from ders_kernels.triton_ops import backend, gram, ints, kept, pairs, products  # noqa: E402
+from ders_kernels.triton_ops import backend, gram, ints, kept, layer, pairs, products, weights  # noqa: E402
 from ders_kernels.triton_ops.tiles import draw_tile  # noqa: E402
 from triton import language as tl  # noqa: E402
 
@@ -39,7 +39,7 @@ def moved(part: Any, device: str) -> Any:
 @pytest.fixture
 def apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tokens of one expert take a product, too, and no whole D."""
-    monkeypatch.setattr(backend, "many", lambda delta: float("inf"))
+    monkeypatch.setattr(layer, "many", lambda delta: float("inf"))
 
 
 def assert_product(delta: Delta, tokens: int, dtype: torch.dtype, device: str, expert: int = -1) -> None:
@@ -207,7 +207,7 @@ def test_tokens_choose_the_kernel(tokens, kernel, size, device, apart, monkeypat
 )
 def test_many_tokens_take_a_whole_delta(codec, many, dtype, device, monkeypatch):
     """Low rank never does."""
-    launches = took(monkeypatch, backend, "synthesize")
+    launches = took(monkeypatch, weights, "synthesize")
     for tokens in ((many or 64) - 1, many or 70):
         assert_product(made(codec, (5, 61)), tokens, dtype, device)
         assert len(launches) == (tokens == many)
@@ -429,3 +429,39 @@ def test_auto_takes_it_on_a_gpu_alone(device):
     delta: Ints = moved(made("int4", (3, 61)), device)
     chosen = dispatch.choose("delta_matmul", "auto", torch.ones(1, 61, device=device), delta)
     assert (chosen is backend) == (device == "cuda")
+
+
+def test_parts_that_are_not_contiguous_are_refused(device):
+    delta = moved(made("int4", (16, 256)), device)
+    x = torch.ones(1, 128, device=device)
+    with pytest.raises(Refused, match="not contiguous"):
+        dispatch.delta_matmul(x, Ints(delta.codes[..., ::2], delta.scale, 4, 32, 128), 0, backend="triton")
+
+
+def test_codes_at_an_odd_address(device):
+    """Not where words are: a storage offset of a byte."""
+    delta = made("int4", (16, 256))
+    shifted = torch.cat([torch.zeros(1, dtype=torch.uint8), delta.codes.flatten()])[1:].view(delta.codes.shape)
+    assert_product(Ints(shifted, delta.scale, 4, delta.group, 256), 1, torch.float32, device)
+
+
+@pytest.mark.parametrize("bits", [0x00, 0xFF])
+@pytest.mark.parametrize("tokens", [1, 17])
+def test_a_bitmap_that_contradicts_itself_stays_in_its_memory(bits, tokens, device, watched):
+    """It keeps none or all, and there are 8 values a row: what comes out is of no use, but nothing else is touched."""
+    bitmap = torch.full((1, 4, 8), bits, dtype=torch.uint8, device=device)
+    delta = Kept(Bitmap(bitmap), torch.ones(1, 4, 8, dtype=torch.bfloat16, device=device), 64)
+    y = dispatch.delta_matmul(torch.ones(tokens, 64, device=device), delta, 0, backend="triton")
+    assert (y == (0 if bits == 0 else 8)).all()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_inputs_with_a_mean(bits, dtype, device):
+    """What rides on a code besides its level is taken off the sums, of the size of the inputs' mean; after a relu there is one."""
+    delta = made(f"int{bits}", (64, 1024), 128)
+    x = (torch.randn(5, 1024, generator=torch.Generator().manual_seed(1)) + 8).to(dtype)
+    y = dispatch.delta_matmul(x.to(device), moved(delta, device), 0, backend="triton").cpu().double()
+    size = x.double().norm() * reference.decode(delta, 0).double().norm() / 32
+    # the result alone is rounded: it is no longer than the bound on a product by Cauchy and Schwarz, 32 of `size`
+    assert (y - reference.delta_matmul(x, delta, 0)).norm() < TOLERANCE[dtype] * size

@@ -4,6 +4,8 @@ Not for what those kernels don't compute: expert biases, sliced experts, a gradi
 codecs without a packed delta. Such layers go the way that they go on a CPU.
 """
 
+import logging
+from collections.abc import Hashable
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -18,8 +20,9 @@ from .projection import DersProjection
 if TYPE_CHECKING:
     from .experts import Activate, DersExperts
 
-_packed: WeakKeyDictionary[DersProjection, tuple[tuple, Projection | None]] = WeakKeyDictionary()
-_names: WeakKeyDictionary["DersExperts", str] = WeakKeyDictionary()
+_log = logging.getLogger(__name__)
+_said: set[str] = set()
+_names: WeakKeyDictionary["DersExperts", tuple[Hashable, str]] = WeakKeyDictionary()
 
 
 def runs(layer: "DersExperts", x: Tensor) -> bool:
@@ -35,7 +38,10 @@ def runs(layer: "DersExperts", x: Tensor) -> bool:
         return False
     try:
         dispatch.choose("moe_forward", "triton", x, *deltas)
-    except dispatch.Refused:
+    except dispatch.Refused as error:
+        if str(error) not in _said:
+            _said.add(str(error))
+            _log.warning("experts are decoded on the CPU: %s", error)
         return False
     return True
 
@@ -48,12 +54,10 @@ def forward(layer: "DersExperts", x: Tensor, index: Tensor, gates: Tensor, backe
 
 def packed(projection: DersProjection) -> Projection | None:
     """Base and packed delta of a group, of the parameters as they are now; None: its codec has no packed delta."""
-    mark, held = projection.mark(), _packed.get(projection)
-    if held is None or held[0] != mark:
-        delta = projection.packed()
-        known = delta is not None or projection.no_delta
-        held = _packed[projection] = (mark, Projection(projection.base.detach(), delta) if known else None)
-    return held[1]
+    if projection.no_delta:
+        return Projection(projection.base.detach(), None)
+    delta = projection.made_for_all(projection.packed)
+    return None if delta is None else Projection(projection.base.detach(), delta)
 
 
 def _projections(layer: "DersExperts") -> tuple[DersProjection | None, DersProjection, DersProjection] | None:
@@ -65,17 +69,19 @@ def _projections(layer: "DersExperts") -> tuple[DersProjection | None, DersProje
 
 
 def _name(layer: "DersExperts") -> str:
-    if layer not in _names:
-        _names[layer] = activation_name(layer.activate, layer.gate_proj is not None)
-    return _names[layer]
+    """Tried once for each activation that the layer has had."""
+    now = (layer.activate, getattr(layer, "act_fn", None), layer.gate_proj is not None)
+    if (known := _names.get(layer)) is None or known[0] != now:
+        known = _names[layer] = (now, activation_name(layer.activate, now[2]))
+    return known[1]
 
 
 def activation_name(activate: "Activate", gated: bool) -> str:
     """Which of reference.ACTIVATIONS it is, times up if gated; "" if none.
 
-    Tried on values, also large ones, where clamped activations differ: a function can't be asked for its formula.
+    Tried on values up to 2187, where clamped activations differ: a function can't be asked for its formula.
     """
-    up = torch.linspace(-30, 30, 601)
+    up = torch.linspace(-3, 3, 601) ** 7
     gate = up.flip(0) * 0.7
     try:
         found = activate(gate if gated else None, up)

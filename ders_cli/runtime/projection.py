@@ -161,8 +161,16 @@ class DersProjection(nn.Module):
                 kept = self._made[member] = (mark, make())
         return kept[1]
 
+    def made_for_all(self, make: Callable[[], Any]) -> Any:
+        """What is worked out from all members' parts; made again if any parameter has changed, or after train() or eval()."""
+        mark = self.mark()
+        if (kept := self._made.get(None)) is None or kept[0] != mark:
+            kept = self._made[None] = (mark, make())
+        return kept[1]
+
     def train(self, mode: bool = True) -> "DersProjection":
         """Also frees what was made from the parameters, but for the columns of entries that train."""
+        self._made.pop(None, None)
         if not (self.form and self.form.trainable):
             self._made.clear()
         WEIGHTS.forget(self)

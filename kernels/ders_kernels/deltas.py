@@ -28,6 +28,10 @@ class Delta(ABC):
     def shape(self) -> tuple[int, int, int]:
         """(E, out, in)"""
 
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every part."""
+
     def once(self, what: Hashable, make: Callable[[], Any]) -> Any:
         """What a backend works out from the parts before its first product, kept as long as this object lives."""
         if what not in self._made:
@@ -48,6 +52,9 @@ class Ints(Delta):
     @property
     def shape(self) -> tuple[int, int, int]:
         return (*self.codes.shape[:2], self.width)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.codes, self.scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +96,10 @@ class Kept(Delta):
     def shape(self) -> tuple[int, int, int]:
         return (*self.values.shape[:2], self.width)
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        positions = tuple(part for part in vars(self.positions).values() if isinstance(part, Tensor))
+        return positions + (self.values.tensors() if isinstance(self.values, Ints) else (self.values,))
+
 
 @dataclass(frozen=True, eq=False)
 class LowRank(Delta):
@@ -100,6 +111,9 @@ class LowRank(Delta):
     @property
     def shape(self) -> tuple[int, int, int]:
         return (*self.left.shape[:2], self.right.shape[2])
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.left, self.right
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,10 +127,13 @@ class Sum(Delta):
     def shape(self) -> tuple[int, int, int]:
         return self.first.shape
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.first.tensors() + self.then.tensors()
+
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """One projection of a layer: base [out, in] and, unless every expert is the base, a delta of the same dtype family."""
+    """One projection of a layer: base [out, in] and, unless every expert is the base, a delta."""
 
     base: Tensor
     delta: Delta | None

@@ -13,15 +13,18 @@ import importlib
 import logging
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from .deltas import Delta, Projection
+from .reference import ACTIVATIONS
 
 BACKENDS = {
     "triton": "ders_kernels.triton_ops.backend",
     "cpu": "ders_kernels.cpu_ops.backend",
     "reference": "ders_kernels.reference_backend",
 }
+OLDEST_TRITON = (3, 6)
 _log = logging.getLogger(__name__)
 _said: set[tuple[str, ...]] = set()
 
@@ -32,11 +35,15 @@ class Refused(Exception):
 
 def delta_matmul(x: Tensor, delta: Delta, expert: int, backend: str = "auto") -> Tensor:
     """[T, in] bf16 | fp16 | fp32 -> [T, out] in x's dtype: x @ D_expert.T. Sums are fp32."""
+    _check_expert(delta, expert)
+    _check("x", x, (x.shape[0], delta.shape[2]))
     return choose("delta_matmul", backend, x, delta).delta_matmul(x, delta, expert)
 
 
 def synthesize(base: Tensor, delta: Delta, expert: int, backend: str = "auto") -> Tensor:
     """base [out, in] -> W = round(fp32(B) + D_expert) of the same dtype: the same bits from any backend."""
+    _check_expert(delta, expert)
+    _check("base", base, delta.shape[1:])
     return choose("synthesize", backend, base, delta).synthesize(base, delta, expert)
 
 
@@ -51,13 +58,44 @@ def moe_forward(
     backend: str = "auto",
 ) -> Tensor:
     """x [T, hidden], index int64 [T, k], gates [T, k] -> [T, hidden] in x's dtype; reference.moe_forward says what."""
-    deltas = [p.delta for p in (gate, up, down) if p is not None and p.delta is not None]
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r}: expected {', '.join(ACTIVATIONS)}")
+    inner, hidden = up.base.shape
+    for name, projection, shape in (
+        ("gate", gate, (inner, hidden)),
+        ("up", up, (inner, hidden)),
+        ("down", down, (hidden, inner)),
+    ):
+        if projection is not None:
+            _check(f"{name}'s base", projection.base, shape)
+            if projection.delta is not None and projection.delta.shape[1:] != shape:
+                raise ValueError(f"{name}'s delta: expected {list(shape)}, found {list(projection.delta.shape[1:])}")
+    _check("x", x, (x.shape[0], hidden))
+    _check("gates", gates, tuple(index.shape))
+    projections = [p for p in (gate, up, down) if p is not None]
+    deltas = [p.delta for p in projections if p.delta is not None]
+    if (
+        torch.is_grad_enabled()
+        and any(p.base.requires_grad for p in projections)
+        and backend not in ("auto", "reference")
+    ):
+        raise Refused(f"moe_forward: backend {backend}: a base needs a gradient, and kernels have none")
     return choose("moe_forward", backend, x, *deltas).moe_forward(x, index, gates, gate, up, down, activation)
 
 
 def expert_gram(experts: Tensor, backend: str = "auto") -> Tensor:
     """[E, n] floats -> fp64 [E, E] on the CPU."""
     return choose("expert_gram", backend, experts).expert_gram(experts)
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected {list(shape)}, found {list(tensor.shape)}")
+
+
+def _check_expert(delta: Delta, expert: int) -> None:
+    if not 0 <= expert < delta.shape[0]:
+        raise IndexError(f"expert {expert}: expected 0 ... {delta.shape[0] - 1}")
 
 
 def choose(op: str, asked: str, x: Tensor, *deltas: Delta) -> ModuleType:
@@ -80,11 +118,16 @@ def choose(op: str, asked: str, x: Tensor, *deltas: Delta) -> ModuleType:
 
 def _refusal(name: str, op: str, x: Tensor, deltas: tuple[Delta, ...]) -> str:
     """Why a backend can't run this, "" if it can."""
+    if name != "reference" and torch.is_grad_enabled():
+        if any(t.requires_grad for t in (x, *(part for delta in deltas for part in delta.tensors()))):
+            return "something needs a gradient, and kernels have none"
     if name == "triton":
         try:
-            import triton  # noqa: F401
+            import triton
         except ImportError:
-            return "needs triton; pip install 'ders-cli[gpu]'"
+            return "needs triton, which there is for Linux; pip install 'ders-cli[gpu]'"
+        if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+            return f"needs triton {'.'.join(map(str, OLDEST_TRITON))} or later, found {triton.__version__}"
     return importlib.import_module(BACKENDS[name]).refuses(op, x, deltas)
 
 

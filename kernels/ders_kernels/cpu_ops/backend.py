@@ -18,12 +18,12 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def refuses(op: str, x: Tensor, deltas: tuple[Delta, ...]) -> str:
-    """Why this isn't run here, "" if it is: anything on the CPU in bf16, fp16 or fp32 that needs no gradient."""
+    """Why this isn't run here, "" if it is: anything on the CPU in bf16, fp16 or fp32."""
     if x.device.type != "cpu":
         return f"takes tensors on the CPU, not on {x.device.type}"
     if x.dtype not in DTYPES:
         return f"takes bf16, fp16 or fp32, not {x.dtype}"
-    return "has no gradients" if torch.is_grad_enabled() and x.requires_grad else ""
+    return ""
 
 
 @torch.no_grad()

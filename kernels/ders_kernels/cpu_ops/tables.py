@@ -12,6 +12,7 @@ times its scale. The idea is T-MAC's (arXiv 2407.00088), there with 8-bit tables
 Codes of 64 rows stand side by side, a 32-bit word of each: words [E, out / 64, words of a row, 64].
 """
 
+import os
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
@@ -60,7 +61,9 @@ def refuses(bits: int, group: int) -> str:
 
 @cache
 def _has_lookups() -> bool:
-    return bool(binding.get_host_cpu_features().get("avx512f"))
+    # numba may have been told to compile for less than this processor
+    told = os.environ.get("NUMBA_CPU_NAME", "") or os.environ.get("NUMBA_CPU_FEATURES", "")
+    return not told and bool(binding.get_host_cpu_features().get("avx512f"))
 
 
 def arrange(delta: Ints) -> Tables:

@@ -1,6 +1,9 @@
 """The operations of dispatch.py on a GPU; or on a CPU in Triton's interpreter, slowly, to check them."""
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -8,13 +11,11 @@ from torch import Tensor
 
 from ..deltas import Delta, Drawn, Kept, Sum
 from . import gram as gram_kernel
-from . import products
+from . import layer, products, weights
 from .config import fitting
-from .kept import LONGEST
-from .layer import many, moe_forward
+from .kept import LONGEST, MOST_ROWS
 from .pairs import OneExpert
 from .settings import INTERPRETED, wide
-from .weights import synthesize
 
 __all__ = ["delta_matmul", "expert_gram", "moe_forward", "refuses", "synthesize"]
 
@@ -27,27 +28,51 @@ def refuses(op: str, x: Tensor, deltas: tuple[Delta, ...]) -> str:
         return "x is on the cpu; Triton runs on a GPU, or, to check it, in its interpreter (TRITON_INTERPRET=1)"
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}; expected {', '.join(map(str, DTYPES))}"
-    return next(filter(None, map(_refuses_delta, deltas)), "")
+    return next((why for delta in deltas if (why := _refuses_delta(delta, x.device))), "")
 
 
-def _refuses_delta(delta: Delta) -> str:
+def _refuses_delta(delta: Delta, device: torch.device) -> str:
     if isinstance(delta, Sum):
-        return _refuses_delta(delta.first) or _refuses_delta(delta.then)
+        return _refuses_delta(delta.first, device) or _refuses_delta(delta.then, device)
+    for part in delta.tensors():
+        if part.device != device:
+            return f"a part of the delta is on {part.device}, x on {device}"
+        if not part.is_contiguous():
+            return f"a part of the delta, {list(part.shape)}, is not contiguous"
     if isinstance(delta, Kept) and isinstance(delta.positions, Drawn) and delta.width > LONGEST:
         return f"drop with {delta.width} inputs; a program draws rows of at most {LONGEST}"
+    if isinstance(delta, Kept) and isinstance(delta.positions, Drawn) and delta.shape[1] > MOST_ROWS:
+        return f"drop with {delta.shape[1]} outputs; a launch takes at most {MOST_ROWS}"
     return ""
 
 
+def _on_its_device(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Triton launches on the current device, which need not be the first argument's."""
+
+    @functools.wraps(operation)
+    def guarded(x: Tensor, *given: Any) -> Tensor:
+        with torch.cuda.device_of(x):
+            return operation(x, *given)
+
+    return guarded
+
+
+synthesize = _on_its_device(weights.synthesize)
+moe_forward = _on_its_device(layer.moe_forward)
+
+
+@_on_its_device
 def delta_matmul(x: Tensor, delta: Delta, expert: int) -> Tensor:
     """See dispatch.py."""
     if not x.shape[0]:
         return x.new_empty(0, delta.shape[1])
-    if x.shape[0] >= many(delta):
+    if x.shape[0] >= layer.many(delta):
         nothing = torch.full(delta.shape[1:], -0.0, dtype=x.dtype, device=x.device)
-        return x @ synthesize(nothing, delta, expert).T
+        return x @ weights.synthesize(nothing, delta, expert).T
     return products.product(products.Inputs(x, 1), delta, OneExpert(expert, x)).sum(0).to(x.dtype)
 
 
+@_on_its_device
 def expert_gram(experts: Tensor) -> Tensor:
     """See dispatch.py."""
     experts = experts.contiguous()

@@ -45,7 +45,11 @@ def elias_fano_columns(
         found, place, column, before = entries(
             low, high, matrix_row, row, first, before, out, low_bytes, high_bytes, LOW, COLUMNS
         )
-        tl.store(columns + matrix_row[:, None] * kept + place, column.to(columns.dtype.element_ty), mask=found)
+        tl.store(
+            columns + matrix_row[:, None] * kept + place,
+            column.to(columns.dtype.element_ty),
+            mask=found & (place < kept),
+        )
 
 
 @triton.jit
@@ -61,7 +65,7 @@ def elias_fano_weight(
         found, place, column, before = entries(
             low, high, matrix_row, row, first, before, out, low_bytes, high_bytes, LOW, COLUMNS
         )
-        real = found & (column < width)  # else an unused slot
+        real = found & (place < kept) & (column >= 0) & (column < width)  # else an unused slot
         value = kept_value(values, scale, matrix_row, place, real, kept, value_bytes, groups, BITS, GROUP)
         at = row[:, None].to(tl.int64) * width + column
         stored = tl.load(base + at, mask=real, other=0).to(tl.float32)

@@ -13,9 +13,10 @@ from .config import BLOCK_POINTERS, Case, Config
 from .settings import INTERPRETED
 from .tiles import block_of, code_at, draw_tile, is_empty, level, narrow, operand, store_sums
 
-CONFIGS = (Config(16, 16, 64, 4, 1), Config(64, 32, 32, 4, 1))
+CONFIGS = (Config(16, 16, 64, 4, 1), Config(64, 16, 32, 4, 1))
 COLUMNS_CONFIG = Config(0, 8, 128, 4, 1)
 LARGEST_TILE = 1 << 18  # elements; the interpreter takes a program at a time, and time for each
+MOST_ROWS = 65_535  # a grid's second axis
 LONGEST = 1 << 15  # columns whose draws one program of `drop_threshold` holds
 
 
@@ -67,6 +68,7 @@ def kept_columns(
         count = mask.to(tl.int32)
         place = before[:, None] + tl.cumsum(count, axis=1) - count
         column = first + tl.arange(0, COLUMNS)[None, :] + tl.zeros_like(place)
+        mask &= place < kept  # a bitmap that contradicts itself writes nowhere else
         tl.store(columns + matrix_row[:, None] * kept + place, column.to(columns.dtype.element_ty), mask=mask)
         before += tl.sum(count, axis=1)
 
@@ -76,6 +78,7 @@ def kept_value(
     values, scale, matrix_row, place, mask, kept, value_bytes, groups, BITS: tl.constexpr, GROUP: tl.constexpr
 ):
     """Value number `place` of the rows [rows, n], fp32, 0 outside the mask; BITS 0: stored as bf16, else as integers."""
+    mask = mask & (place < kept)
     if BITS == 0:
         return tl.load(values + matrix_row[:, None] * kept + place, mask=mask, other=0).to(tl.float32)
     else:

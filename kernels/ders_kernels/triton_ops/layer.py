@@ -3,7 +3,7 @@
 Few tokens of an expert (decode) read memory, and a base and light deltas are fewer bytes than whole experts. Many
 tokens (prefill) compute, and then base and delta apart are two products in place of one, so an expert after the other
 is synthesised and multiplied by the vendor's own product. (Added in the registers of one kernel, base and int4 took
-longer than both: 340 us at 512 tokens, [14336, 4096], of 101 and 89.) Low rank is apart at any number.
+longer than both: 340 us at 512 tokens, [14336, 4096], of 101 and 89.) Low rank by itself is apart at any number.
 """
 
 import torch

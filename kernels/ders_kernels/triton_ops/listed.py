@@ -31,7 +31,7 @@ def listed_product(
         place = first + tl.arange(0, COLUMNS)[None, :]
         inside = (row[:, None] < out) & (place < kept)
         column = tl.load(columns + matrix_row[:, None] * kept + place, mask=inside, other=0).to(tl.int32)
-        real = inside & (column < width)
+        real = inside & (column >= 0) & (column < width)
         value = kept_value(values, scale, matrix_row, place, real, kept, value_bytes, groups, BITS, GROUP)
         at = x + x_row[None, None, :] * width + column[:, :, None]
         inputs = tl.load(at, mask=real[:, :, None] & there[None, None, :], other=0).to(tl.float32)

@@ -66,7 +66,8 @@ def _ints(inputs: Inputs, delta: Ints, routing: Routing) -> Tensor:
     (_, out, width), row_bytes, groups = delta.shape, delta.codes.shape[2], delta.scale.shape[2]
     unit = ints.codes_in_unit(delta.bits)
     step = delta.group // unit
-    if routing.mean == 1 and width % delta.group == 0 and delta.group % unit == 0 and step & (step - 1) == 0:
+    by_words = width % delta.group == 0 and delta.group % unit == 0 and step & (step - 1) == 0
+    if routing.mean == 1 and by_words and delta.codes.data_ptr() % 4 == 0:
         config = ints.token_config(delta.bits)
         blocks, y = routing.blocks(1), _sums(inputs, routing, out, config)
         ints.int_token_product[_grid(blocks, out, config)](
@@ -142,7 +143,7 @@ def kept_arguments(delta: Kept, config: Config) -> tuple[tuple, dict]:
         arguments = bits, bits, bits, values, scale, bits.shape[2], value_bytes, groups
         return arguments, constants | {"DRAWN": False, "ALIGNED": False}
     keys, threshold = delta.once("threshold", lambda: thresholds(delta))
-    aligned = delta.width % 4 == 0 and config.columns % 4 == 0
+    aligned = delta.width % 4 == 0
     return (keys, keys, threshold, values, scale, 0, value_bytes, groups), constants | {
         "DRAWN": True,
         "ALIGNED": aligned,
@@ -183,7 +184,7 @@ def listed_columns(delta: Kept) -> Tensor:
     """int16 [E, out, kept], int32 from 2^15 columns on: the column of every kept entry; `in` for unused slots."""
     experts, out, width = delta.shape
     kind = torch.int16 if width < 1 << 15 else torch.int32
-    columns = torch.empty((experts, out, delta.kept), dtype=kind, device=value_arguments(delta)[0].device)
+    columns = torch.full((experts, out, delta.kept), width, dtype=kind, device=value_arguments(delta)[0].device)
     if isinstance(delta.positions, EliasFano):
         config = elias_fano.CONFIG
         low, high, low_bytes, high_bytes, constants = elias_fano_arguments(delta)

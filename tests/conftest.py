@@ -1,4 +1,4 @@
-"""Triton's kernels run in its interpreter, on the CPU, unless a session is for a GPU: `pytest -m gpu`."""
+"""Triton's kernels run in its interpreter, on the CPU, unless a run is for a GPU: `pytest -m gpu`."""
 
 import itertools
 import os
@@ -19,9 +19,9 @@ def device(request: pytest.FixtureRequest) -> str:
 
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if request.param == "cpu" and not interpreted:
-        pytest.skip("kernels are compiled in this session")
+        pytest.skip("kernels are compiled in this run")
     if request.param == "cuda" and (interpreted or not torch.cuda.is_available()):
-        pytest.skip("no GPU, or kernels are the interpreter's in this session")
+        pytest.skip("no GPU, or kernels are the interpreter's in this run")
     return request.param
 
 

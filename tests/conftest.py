@@ -10,6 +10,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Triton reads the variable at import, and test modules are imported after this; processes they start inherit it."""
     if "gpu" not in config.getoption("markexpr").replace("not gpu", ""):
         os.environ["TRITON_INTERPRET"] = "1"
+        return
+    import torch
+
+    if not torch.cuda.is_available():  # else all would be skipped, and look well
+        raise pytest.UsageError("-m gpu: torch finds no GPU")
 
 
 @pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)])

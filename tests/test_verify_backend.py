@@ -11,7 +11,6 @@ import torch
 import toy
 from command import ROOT, ders, done
 from ders_kernels import dispatch
-from ders_kernels.deltas import LowRank
 
 from ders_cli import verify as verification
 from ders_cli.compare import random_states
@@ -33,13 +32,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(params=dispatch.BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """One that runs on this machine."""
-    delta = LowRank(torch.ones(1, 2, 1), torch.ones(1, 1, 3))
-    x = torch.ones(1, 3, device="cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu")
-    try:
-        dispatch.choose("delta_matmul", request.param, x, delta)
-    except (dispatch.Refused, ModuleNotFoundError) as error:
-        pytest.skip(str(error))
+    """Each has to run here, triton in its interpreter; but there is no triton off Linux."""
+    if request.param == "triton" and sys.platform != "linux":
+        pytest.skip("triton is for Linux")
     return request.param
 
 

@@ -1,9 +1,11 @@
 """The definitions of reference.py as a backend: any device, any delta, slow."""
 
+from typing import Any
+
 from torch import Tensor
 
 from . import reference
-from .deltas import Delta, Projection
+from .deltas import Delta
 
 
 def refuses(op: str, x: Tensor, deltas: tuple[Delta, ...]) -> str:
@@ -21,17 +23,9 @@ def synthesize(base: Tensor, delta: Delta, expert: int) -> Tensor:
     return reference.synthesize(base.cpu(), reference.decode(delta, expert)).to(base.device)
 
 
-def moe_forward(
-    x: Tensor,
-    index: Tensor,
-    gates: Tensor,
-    gate: Projection | None,
-    up: Projection,
-    down: Projection,
-    activation: str,
-) -> Tensor:
+def moe_forward(x: Tensor, *routed_layer: Any) -> Tensor:
     """See dispatch.py."""
-    return reference.moe_forward(x, index, gates, gate, up, down, activation).to(x)
+    return reference.moe_forward(x, *routed_layer).to(x)
 
 
 def expert_gram(experts: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from .describe import config_text, describe, planned_manifest_bytes
 from .engines import local
 from .errors import UnsupportedError, UsageError
 from .output import OWN, Options, begin, carry, check_space, copy_file, publish, refuse_occupied
-from .plan import GUARD_TEXT, Plan, ShardPlan, Unit, make_plan
+from .plan import GUARD_TEXT, Plan, Unit, make_plan
 from .recipe import Recipe
 from .report import Progress, human_bytes, shown
 from .source import DersSource, Source
@@ -120,7 +120,7 @@ def run(conversion: Conversion) -> dict[str, Any]:
     )
     total = plan.expert_bytes + sum(spec.nbytes for spec in source.copied.values())
     with shown(f"writing {conversion.out.name}", total, options.quiet) as progress:
-        results = [_shard(conversion, shard, folder, progress) for shard in plan.shards]
+        results = options.run_shards(partial(_shard, conversion, folder), len(plan.shards), progress)
     for path in carry(source.reader.folder):
         copy_file(path, folder / path.name)
     manifest = describe(source, conversion.recipe, plan, results)
@@ -153,8 +153,9 @@ def fingerprint(source: Source, recipe: Recipe, options: Options) -> dict[str, s
     }
 
 
-def _shard(conversion: Conversion, shard: ShardPlan, folder: Path, progress: Progress) -> dict[str, Any]:
+def _shard(conversion: Conversion, folder: Path, number: int, progress: Progress) -> dict[str, Any]:
     """Write one shard, or take it as the last run left it; its result: {"hashes", "groups", "sizes", "bytes"}."""
+    shard = conversion.plan.shards[number]
     record = folder / f"{OWN}{shard.file}.json"
     if conversion.options.resume and record.exists() and (folder / shard.file).exists():
         return json.loads(record.read_text())

@@ -3,14 +3,19 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .checkpoint.manifest import MANIFEST, write_file
 from .checkpoint.reader import INDEX
 from .checkpoint.writer import fsync_folder
+from .engines import local
 from .errors import DersError, UsageError
-from .report import human_bytes
+from .report import Progress, human_bytes
+
+RunShards = Callable[[Callable[[int, Progress], Any], int, Progress], list[Any]]  # (job, count, progress) -> results
 
 # What a run keeps for itself in OUT.partial. Files whose names begin with a dot are never carried from a source.
 OWN = ".ders-"
@@ -31,6 +36,7 @@ class Options:
     overwrite: bool = False
     resume: bool = False
     quiet: bool = True
+    run_shards: RunShards = local.run_shards  # the engine: where the jobs of output shards run
 
 
 def carry(folder: Path) -> list[Path]:

@@ -54,9 +54,7 @@ def write_plain(source: Source, out: Path, options: Options, fingerprint: dict[s
         for member, (_, view) in enumerate(group.members):
             held[view.tensor].append((group, member, view))
     with shown(title, totals["output_bytes"], options.quiet) as progress:
-        for file, entry in form["files"].items():
-            if not (options.resume and (folder / file).exists()):
-                _file(source, folder / file, entry, held, options.jobs, progress)
+        options.run_shards(partial(_file, source, folder, held, options), len(form["files"]), progress)
     for path in carry(source.reader.folder):
         copy_file(path, folder / path.name)
     write_file(folder / "config.json", form["config"].encode())
@@ -85,9 +83,12 @@ def _index_bytes(form: dict[str, Any]) -> bytes | None:
     )
 
 
-def _file(source: Source, path: Path, entry: dict[str, Any], held: Held, jobs: int, progress: Progress) -> None:
+def _file(source: Source, folder: Path, held: Held, options: Options, number: int, progress: Progress) -> None:
     """One file of the original. The matrices of one tensor may interleave, so a tensor is one task."""
-    writer = ShardWriter(path, specs_of(entry), header=_header(entry))
+    file, entry = list(source.form()["files"].items())[number]
+    if options.resume and (folder / file).exists():
+        return
+    writer = ShardWriter(folder / file, specs_of(entry), header=_header(entry))
     try:
         tasks = [
             partial(_experts, source, writer, held[name], progress)
@@ -95,7 +96,7 @@ def _file(source: Source, path: Path, entry: dict[str, Any], held: Held, jobs: i
             else partial(_copy, source, writer, name, progress)
             for name in writer.tensors
         ]
-        local.run(tasks, jobs)
+        local.run(tasks, options.jobs)
         writer.close()
     except BaseException:
         writer.abandon()

@@ -179,7 +179,18 @@ class CheckpointReader:
                 self.places[name] = Place(file, header.begins[name])
         if weight_map is not None:
             self._check_index(weight_map)
+        self._open()
+
+    def _open(self) -> None:
         self._handles = {file: os.open(self.folder / file, os.O_RDONLY) for file in self.files}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which opens the files anew."""
+        return {key: value for key, value in self.__dict__.items() if key != "_handles"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
 
     def _check_index(self, weight_map: dict[str, str]) -> None:
         for name, file in weight_map.items():

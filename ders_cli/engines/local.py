@@ -7,8 +7,14 @@ from typing import TypeVar
 from threadpoolctl import threadpool_limits
 
 from ..errors import Interrupted
+from ..report import Progress
 
 Result = TypeVar("Result")
+
+
+def run_shards(job: Callable[[int, Progress], Result], count: int, progress: Progress) -> list[Result]:
+    """job(0, progress) ... job(count - 1, progress), one after another; each shares its own work among threads (`run`)."""
+    return [job(number, progress) for number in range(count)]
 
 
 def run(tasks: Sequence[Callable[[], Result]], jobs: int) -> list[Result]:

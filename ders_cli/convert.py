@@ -9,6 +9,7 @@ at its first unfinished shard and gives the bytes of an undisturbed one; so do a
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -155,27 +156,24 @@ def fingerprint(source: Source, recipe: Recipe, options: Options) -> dict[str, s
 
 def _shard(conversion: Conversion, folder: Path, number: int, progress: Progress) -> dict[str, Any]:
     """Write one shard, or take it as the last run left it; its result: {"hashes", "groups", "sizes", "bytes"}."""
-    shard = conversion.plan.shards[number]
+    source, shard = conversion.source, conversion.plan.shards[number]
     record = folder / f"{OWN}{shard.file}.json"
     if conversion.options.resume and record.exists() and (folder / shard.file).exists():
         return json.loads(record.read_text())
-    writer = ShardWriter(folder / shard.file, shard.fixed, shard.appended)
+    writer = ShardWriter(folder / shard.file, shard.fixed, shard.appended, slices=shard.slices)
     try:
-        tasks = [partial(_copy, conversion.source, writer, name, progress) for name in shard.copied]
         spools = [folder / f"{OWN}{shard.file}.{number}.spool" for number in range(len(shard.units))]
-        tasks += [
-            partial(
-                convert_group, conversion.source, conversion.base, conversion.recipe.seed, unit, writer, spool, progress
-            )
-            for unit, spool in zip(shard.units, spools, strict=True)
-        ]
+        tasks = [([name], partial(_copy, source, writer, name, progress)) for name in shard.copied]
+        for unit, spool in zip(shard.units, spools, strict=True):
+            convert = partial(convert_group, source, conversion.base, conversion.recipe.seed, unit, writer, spool, progress)
+            tasks.append((source.tensors_of(unit.group), convert))
+        entries = _in_file_order(source, tasks, conversion.options.jobs)[len(shard.copied) :]
         for name in shard.guards:
             writer.write(name, 0, np.frombuffer(GUARD_TEXT, np.uint8))
-        entries = local.run(tasks, conversion.options.jobs)[len(shard.copied) :]
         for unit, spool in zip(shard.units, spools, strict=True):
             _append_stream(writer, unit, spool)
         sizes = {name: writer.tensors[name].nbytes for name in shard.appended}
-        result = {"hashes": writer.hashes(shard.slices), "groups": entries, "sizes": sizes}
+        result = {"hashes": writer.hashes(), "groups": entries, "sizes": sizes}
         result["bytes"] = writer.close()
     except BaseException:
         writer.abandon()
@@ -184,12 +182,26 @@ def _shard(conversion: Conversion, folder: Path, number: int, progress: Progress
     return result
 
 
+def _in_file_order(source: Source, tasks: Sequence[tuple[list[str], Callable[[], Any]]], jobs: int) -> list[Any]:
+    """Run tasks, each given with the source's tensors that it reads, in the order in which these stand; results as given."""
+    order = sorted(range(len(tasks)), key=lambda number: source.position(tasks[number][0]))
+
+    def ahead(place: int) -> None:
+        for name in tasks[order[place]][0]:
+            if name in source.reader.places:
+                source.reader.expect(name)
+
+    results = local.run([tasks[number][1] for number in order], jobs, ahead)
+    return [result for _, result in sorted(zip(order, results, strict=True), key=lambda pair: pair[0])]
+
+
 def _copy(source: Source, writer: ShardWriter, name: str, progress: Progress) -> None:
     at = 0
     for chunk in source.chunks(name):
         writer.write(name, at, chunk)
         at += chunk.nbytes
         progress.advance(chunk.nbytes)
+    source.reader.done(name)
 
 
 def _append_stream(writer: ShardWriter, unit: Unit, spool: Path) -> None:

@@ -42,7 +42,10 @@ def convert_group(
     came, restored = [blake3() for _ in keys], [blake3() for _ in keys]
     totals, worst = np.zeros((experts, len(sums.NAMES))), np.zeros(experts, np.float32)
     stream = spool.open("wb") if codec.lossless else None
-    for number, rows in enumerate(row_blocks(group.shape, together or _block_rows(group))):
+    blocks = list(row_blocks(group.shape, together or _block_rows(group)))
+    for number, rows in enumerate(blocks):
+        for coming in blocks[number + 1 : number + 2] if number else blocks[:2]:
+            source.expect_rows(group, coming)
         read = _held_reader(source, group, rows)
         base = _base_rows(source, base_of, group, rows, read)
         writer.write(f"{group.name}.base", rows.start * base[:1].nbytes, base)
@@ -72,6 +75,7 @@ def convert_group(
                 _add_differences(group, expert, coded, base, totals[i], worst[i : i + 1])
             progress.advance(expert.nbytes)
         del read, base
+    source.done(group, range(experts))
     if stream is not None:
         stream.close()
         restored = came

@@ -110,6 +110,7 @@ def _copy(source: Source, writer: ShardWriter, name: str, progress: Progress) ->
         digest.update(chunk)
         at += chunk.nbytes
         progress.advance(chunk.nbytes)
+    source.reader.done(name)
     if isinstance(source, DersSource) and [digest.hexdigest()] != source.manifest["tensors"][name]:
         raise CheckpointError(f"{name}: its bytes do not have the hash in ders.json; the checkpoint is damaged")
 
@@ -124,6 +125,7 @@ def _experts(
             digest.update(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
             writer.write_view(view.tensor, view.offset, (view.row_stride, view.column_stride), rows.start, block)
             progress.advance(block.nbytes)
+        source.done(group, [member])
         if not isinstance(source, DersSource):
             continue
         if digest.hexdigest() != source.entry(group)["members"][member]["restored_hash"]:

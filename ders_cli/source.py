@@ -4,7 +4,8 @@ Both give the same groups and the same bits, so converting, restoring and verify
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import numpy as np
 from ders_kernels.counter_rng import make_key
 
 from .checkpoint.manifest import index_text, is_ders, read_manifest
-from .checkpoint.reader import INDEX, CheckpointReader, read_view
+from .checkpoint.reader import INDEX, CheckpointReader, expect_view, read_view
 from .checkpoint.tensor import STORAGE, TensorSpec
 from .checkpoint.writer import header_text
 from .codecs import DeltaCodec, codec_from_config
 from .codecs.base import Parts
 from .errors import CheckpointError, UsageError
 from .layouts import ExpertGroup, MatrixView, find_layout
+from .users import Users
 
 # Rows are handled in blocks of about this many weights of one expert: 1 MB of fp32, which a core's cache holds.
 BLOCK_WEIGHTS = 1 << 18
@@ -45,6 +47,27 @@ class Source(ABC):
     @abstractmethod
     def form(self) -> dict[str, Any]:
         """The plain checkpoint's own form, down to its header bytes: `source` in ders.json (docs/format.md, section 6)."""
+
+    @abstractmethod
+    def tensors_of(self, group: ExpertGroup) -> list[str]:
+        """The reader's tensors that hold a group."""
+
+    def position(self, names: Iterable[str]) -> tuple[str, int]:
+        """Where the first of some of the reader's tensors stands: work in this order reads files from front to back."""
+        places = [self.reader.places[name] for name in names if name in self.reader.places]
+        return min(((place.file, place.begin) for place in places), default=("", 0))
+
+    def expect_rows(self, group: ExpertGroup, rows: slice) -> None:
+        """These rows of all experts will be read next."""
+
+    def done(self, group: ExpertGroup, members: Iterable[int]) -> None:
+        """Some experts of the group will not be read again in this run; with the last of them its tensors are let go."""
+        for name in self._users.done(group, members):
+            self.reader.done(name)
+
+    @cached_property
+    def _users(self) -> Users:
+        return Users(self.groups, self.tensors_of)
 
     def chunks(self, name: str) -> Iterator[np.ndarray]:
         """Bytes of a copied tensor, from front to back, in pieces."""
@@ -98,6 +121,15 @@ class PlainSource(Source):
         view = group.members[member][1]
         return read_view(self.reader, view.tensor, view.offset, (view.row_stride, view.column_stride), view.shape, rows)
 
+    def tensors_of(self, group: ExpertGroup) -> list[str]:
+        return list(dict.fromkeys(view.tensor for _, view in group.members))
+
+    def expect_rows(self, group: ExpertGroup, rows: slice) -> None:
+        for _, view in group.members:
+            expect_view(
+                self.reader, view.tensor, view.offset, (view.row_stride, view.column_stride), view.shape, rows
+            )
+
     def form(self) -> dict[str, Any]:
         reader, files = self.reader, {}
         for file, header in reader.headers.items():
@@ -148,6 +180,9 @@ class DersSource(Source):
         """It gives back the experts that it was made of: coded exactly, or trained or upcycled as base and deltas."""
         members = (member for entry in self.manifest["groups"] for member in entry["members"])
         return all(member["source_hash"] == member["restored_hash"] for member in members)
+
+    def tensors_of(self, group: ExpertGroup) -> list[str]:
+        return list(self.part_specs(group))
 
     def form(self) -> dict[str, Any]:
         return self.manifest["source"]

@@ -105,6 +105,9 @@ class UpcycledSource(Source):
             "config": json.dumps(self.config, indent=2) + "\n",
         }
 
+    def tensors_of(self, group: ExpertGroup) -> list[str]:
+        return [self._dense_view(group).tensor]
+
     # --- experts ---
 
     def read(self, group: ExpertGroup, member: int, rows: slice) -> np.ndarray:

@@ -16,7 +16,7 @@ FLOORS = [  # from the roof down; a module imports from floors below its own
     {"plan", "blueprint"},
     {"recipe", "options", "backends"},
     {"base", "source", "output", "donors"},
-    {"engines"},
+    {"engines", "users"},
     {"report", "bench_clock"},
     {"layouts"},
     {"architectures", "pairs", "codecs", "routers"},

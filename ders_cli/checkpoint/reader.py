@@ -182,6 +182,8 @@ class CheckpointReader:
         self._open()
 
     def _open(self) -> None:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        self._large = sum(spec.nbytes for spec in self.tensors.values()) > memory / 2
         self._handles = {file: os.open(self.folder / file, os.O_RDONLY) for file in self.files}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -246,6 +248,22 @@ class CheckpointReader:
             found.append(digest.hexdigest())
         return found
 
+    def expect(self, name: str) -> None:
+        """The whole tensor will be read soon. Nothing to do for a local file; a remote one begins to fetch it."""
+
+    def expect_bytes(self, name: str, begin: int, size: int) -> None:
+        """These bytes of the tensor will be read next: the kernel may fetch them while others are worked on."""
+        if hasattr(os, "posix_fadvise"):
+            place = self.places[name]
+            os.posix_fadvise(self._handles[place.file], place.begin + begin, size, os.POSIX_FADV_WILLNEED)
+
+    def done(self, name: str) -> None:
+        """The tensor, if it is one of this checkpoint, will not be read again. Where the checkpoint is larger than half
+        of the memory, its pages are given back."""
+        if self._large and name in self.places and hasattr(os, "posix_fadvise"):
+            place, size = self.places[name], self.tensors[name].nbytes
+            os.posix_fadvise(self._handles[place.file], place.begin, size, os.POSIX_FADV_DONTNEED)
+
     def close(self) -> None:
         for handle in self._handles.values():
             os.close(handle)
@@ -256,6 +274,18 @@ class CheckpointReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def expect_view(
+    reader: CheckpointReader, tensor: str, offset: int, strides: tuple[int, int], shape: tuple[int, int], rows: slice
+) -> None:
+    """`read_view` of these rows comes next. A transposed matrix is read in pieces all over it: nothing is foretold."""
+    start, stop, _ = rows.indices(shape[0])
+    if strides[1] == 1 and stop > start:
+        size = STORAGE[reader.tensors[tensor].dtype].itemsize
+        reader.expect_bytes(
+            tensor, (offset + start * strides[0]) * size, ((stop - start - 1) * strides[0] + shape[1]) * size
+        )
 
 
 def read_view(

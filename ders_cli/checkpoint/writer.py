@@ -1,8 +1,8 @@
 """Writing a safetensors file while its tensors arrive in any order, from any thread.
 
 The size of every fixed tensor is known when the file is opened, so each has its place: a block is written there
-by pwrite whenever it is ready. Tensors whose size is known only after encoding go behind them, in order, when
-they are complete. The header goes last, into space reserved for it; then fsync, then rename. A file under its
+by pwrite whenever it is ready, and hashed on the way if it comes in order. Tensors whose size is known only after
+encoding go behind them, in order, when they are complete. The header goes last, into space reserved for it; then fsync, then rename. A file under its
 final name is whole.
 """
 
@@ -45,11 +45,44 @@ def pwrite_all(handle: int, data: np.ndarray | bytes, at: int) -> None:
         view, at = view[done:], at + done
 
 
-class ShardWriter:
-    """One output file. `write` may be called from any thread; `append` and `close` from one, after the writes."""
+class RunningHash:
+    """BLAKE3 of one tensor in equal slices, each fed from its front to its back while it is written."""
 
-    def __init__(self, path: Path, fixed: Mapping[str, TensorSpec], appended: Iterable[str] = (), header: bytes = b""):
-        """`fixed` tensors in file order; `appended` names follow them. `header`: write exactly this one (restore)."""
+    def __init__(self, size: int, slices: int):
+        self._size, self.found = size // slices, [""] * slices  # hex digests of finished slices
+        self._open: dict[int, tuple[int, blake3]] = {}  # slice -> bytes so far, digest
+
+    def update(self, begin: int, data: memoryview) -> None:
+        """Bytes from byte `begin` of the tensor on. A slice that doesn't come in order is given up: its digest stays ""."""
+        while len(data):
+            number, at = divmod(begin, self._size)
+            part = data[: self._size - at]
+            done, digest = self._open.pop(number, (0, None)) if at else (0, blake3())
+            if digest is not None and done == at:
+                digest.update(part)
+                if at + len(part) == self._size:
+                    self.found[number] = digest.hexdigest()
+                else:
+                    self._open[number] = (at + len(part), digest)
+            data, begin = data[len(part) :], begin + len(part)
+
+
+class ShardWriter:
+    """One output file. `write` may be called from any thread, for one tensor from one at a time; `append` and `close`
+    from one, after the writes."""
+
+    def __init__(
+        self,
+        path: Path,
+        fixed: Mapping[str, TensorSpec],
+        appended: Iterable[str] = (),
+        header: bytes = b"",
+        slices: Mapping[str, int] | None = None,
+    ):
+        """`fixed` tensors in file order; `appended` names follow them. `header`: write exactly this one (restore).
+
+        `slices`: hash every tensor, in so many equal slices of its bytes (1 where not given); None: no hashes are wanted.
+        """
         self.path, self._partial = path, path.with_name(path.name + ".partial")
         self.tensors, self._awaited = dict(fixed), list(appended)
         self._header = header
@@ -58,13 +91,18 @@ class ShardWriter:
         for name, spec in fixed.items():
             self._begins[name], position = position, position + spec.nbytes
         self._end = position
+        counts = {} if slices is None else {name: slices.get(name, 1) for name in self.tensors}
+        self._hashes = {name: RunningHash(fixed[name].nbytes, count) for name, count in counts.items()}
         self._handle = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         os.ftruncate(self._handle, position)
 
     def write(self, name: str, begin: int, data: np.ndarray) -> None:
         """Write contiguous data at byte `begin` of a fixed tensor."""
         assert 0 <= begin <= begin + data.nbytes <= self.tensors[name].nbytes, (name, begin, data.nbytes)
-        pwrite_all(self._handle, np.ascontiguousarray(data), self._begins[name] + begin)
+        data = np.ascontiguousarray(data)
+        pwrite_all(self._handle, data, self._begins[name] + begin)
+        if name in self._hashes:
+            self._hashes[name].update(begin, memoryview(data.reshape(-1).view(np.uint8)))
 
     def write_view(self, name: str, offset: int, strides: tuple[int, int], row: int, block: np.ndarray) -> None:
         """The inverse of `read_view`: put rows `row`... of a strided [out, in] matrix in their places.
@@ -97,25 +135,28 @@ class ShardWriter:
         """Put a tensor of now known size behind all others. Names come in the order given at the start."""
         assert name == self._awaited.pop(0), name
         self.tensors[name], self._begins[name] = spec, self._end
+        self._hashes[name] = RunningHash(spec.nbytes, 1)
         for chunk in chunks:
             pwrite_all(self._handle, chunk, self._end)
+            self._hashes[name].update(self._end - self._begins[name], memoryview(chunk))
             self._end += chunk.nbytes
         assert self._end - self._begins[name] == spec.nbytes, name
 
-    def hashes(self, slices: Mapping[str, int]) -> dict[str, list[str]]:
-        """BLAKE3 of every tensor's bytes as they stand in the file, in slices[name] equal slices (1 where not given)."""
-        return {name: self._slice_hashes(name, slices.get(name, 1)) for name in self.tensors}
+    def hashes(self) -> dict[str, list[str]]:
+        """BLAKE3 of every tensor's bytes, in its slices. What was not written in order is read back from the file."""
+        return {name: self._finished(name, running.found) for name, running in self._hashes.items()}
 
-    def _slice_hashes(self, name: str, count: int) -> list[str]:
-        found, size, buffer = [], self.tensors[name].nbytes // count, np.empty(4 << 20, np.uint8)
-        for first in range(0, count * size, size) if size else [0] * count:
-            digest = blake3()
-            for begin in range(0, size, buffer.size):
-                part = buffer[: min(buffer.size, size - begin)]
-                self.read_back(name, first + begin, part)
-                digest.update(part)
-            found.append(digest.hexdigest())
-        return found
+    def _finished(self, name: str, found: list[str]) -> list[str]:
+        size = self.tensors[name].nbytes // len(found)
+        return [digest or self._read_hash(name, number * size, size) for number, digest in enumerate(found)]
+
+    def _read_hash(self, name: str, first: int, size: int) -> str:
+        digest, buffer = blake3(), np.empty(4 << 20, np.uint8)
+        for begin in range(0, size, buffer.size):
+            part = buffer[: min(buffer.size, size - begin)]
+            self.read_back(name, first + begin, part)
+            digest.update(part)
+        return digest.hexdigest()
 
     def close(self) -> int:
         """Header, fsync, rename. Returns the bytes of the file."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
 from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
@@ -17,11 +18,17 @@ def run_shards(job: Callable[[int, Progress], Result], count: int, progress: Pro
     return [job(number, progress) for number in range(count)]
 
 
-def run(tasks: Sequence[Callable[[], Result]], jobs: int) -> list[Result]:
+def run(
+    tasks: Sequence[Callable[[], Result]], jobs: int, ahead: Callable[[int], None] | None = None
+) -> list[Result]:
     """Run every task, `jobs` at a time; results in the tasks' order. The first error stops the rest and is raised.
+
+    `ahead(i)` is called when task i is `jobs` tasks off: what it reads may be fetched meanwhile.
 
     BLAS stays at one thread: its sums would otherwise depend on how many it has.
     """
+    if ahead is not None:
+        tasks = [partial(_foretold, task, ahead, number + jobs, len(tasks)) for number, task in enumerate(tasks)]
     with threadpool_limits(1, "blas"):
         if jobs == 1:
             return [task() for task in tasks]
@@ -38,3 +45,9 @@ def run(tasks: Sequence[Callable[[], Result]], jobs: int) -> list[Result]:
             raise
         finally:
             pool.shutdown(wait=waits, cancel_futures=True)
+
+
+def _foretold(task: Callable[[], Result], ahead: Callable[[int], None], number: int, count: int) -> Result:
+    if number < count:
+        ahead(number)
+    return task()

@@ -230,7 +230,7 @@ def _write_shard(
 ) -> tuple[dict[str, list[str]], int]:
     """One weight file; the hashes of its tensors, and its bytes."""
     exact = {name for unit in shard.units if unit.codec.lossless for name in unit.parts}
-    writer = ShardWriter(path, shard.fixed, shard.appended)
+    writer = ShardWriter(path, shard.fixed, shard.appended, slices=shard.slices)
     try:
         for name, spec in shard.fixed.items():
             tensor = experts[name] if name in experts else rest.get(name)
@@ -239,7 +239,7 @@ def _write_shard(
         for name in shard.appended:
             spec = _spec(name, experts[name])
             writer.append(name, spec, [_bytes(name, experts[name], spec, True)])
-        return writer.hashes(shard.slices), writer.close()
+        return writer.hashes(), writer.close()
     except BaseException:
         writer.abandon()
         raise

@@ -57,7 +57,7 @@ class Source(ABC):
         places = [self.reader.places[name] for name in names if name in self.reader.places]
         return min(((place.file, place.begin) for place in places), default=("", 0))
 
-    def expect_rows(self, group: ExpertGroup, rows: slice) -> None:
+    def expect_rows(self, group: ExpertGroup, rows: slice) -> None:  # noqa: B027 (a source need not care)
         """These rows of all experts will be read next."""
 
     def done(self, group: ExpertGroup, members: Iterable[int]) -> None:
@@ -163,6 +163,7 @@ class DersSource(Source):
             self.manifest = read_manifest(folder)
             self.groups, self.codecs = _groups_of(self.manifest)
             self._entries = {entry["name"]: entry for entry in self.manifest["groups"]}
+            self._noted: dict[str, dict[str, dict[str, Any]]] = {}  # group -> label -> its member's entry
             self._check_structure()
         except BaseException:
             self.reader.close()
@@ -190,6 +191,12 @@ class DersSource(Source):
     def entry(self, group: ExpertGroup) -> dict[str, Any]:
         """What ders.json says of a group."""
         return self._entries[group.name]
+
+    def noted(self, group: ExpertGroup, label: str) -> dict[str, Any]:
+        """What ders.json says of one expert."""
+        if group.name not in self._noted:
+            self._noted[group.name] = {member["label"]: member for member in self.entry(group)["members"]}
+        return self._noted[group.name][label]
 
     def part_specs(self, group: ExpertGroup) -> dict[str, TensorSpec]:
         """Every tensor that stands for a group: its base and its parts; a stream's size is what the file says."""

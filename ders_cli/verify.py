@@ -12,33 +12,30 @@ With a backend the outputs under test are made by kernels from the packed parts,
 experts (through_kernels.py).
 """
 
-import json
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from blake3 import blake3
 from ders_kernels.cpu_ops import floats
 
 from .checkpoint.reader import read_header
 from .checkpoint.tensor import FLOATS, STORAGE, TensorSpec
 from .compare import Layer, LayerResult, Matched, compare_layer, layer_name, random_states
-from .describe import file_hash
 from .engines import local
 from .errors import CheckpointError, UsageError
-from .layouts import ExpertGroup, find_layout, unsliced
+from .findings import Report
+from .integrity import Found, damage, decodes, intact, readable
+from .layouts import ExpertGroup, unsliced
 from .report import Progress, shown
-from .restore import check_places, source_specs
 from .source import DersSource, Source
 
 if TYPE_CHECKING:  # they need torch
     from .through_kernels import LayerRun, ThroughKernels
 
-SCHEMA = 1
 NOTED = 1e-3  # relative: errors noted at conversion have six digits, and their sums another order
 
 
@@ -53,37 +50,6 @@ class Bounds:
     @property
     def given(self) -> bool:
         return (self.error, self.output_error, self.cosine) != (None, None, None)
-
-
-@dataclass
-class Report:
-    """Everything found. `findings`: {"where", "problem"}; `checks`: where -> problem or "" for JUnit."""
-
-    source: str
-    against: str | None
-    findings: list[dict[str, str]] = field(default_factory=list)
-    checks: dict[str, str] = field(default_factory=dict)
-    experts: list[dict[str, Any]] = field(default_factory=list)
-    kernels: dict[str, Any] | None = None  # {"backend", "experts", "decoded"}, if a backend ran
-
-    def add(self, where: str, problem: str = "") -> None:
-        """Note a check that was made, and its problem if it has one."""
-        if problem:
-            self.findings.append({"where": where, "problem": problem})
-        self.checks[where] = "; ".join(filter(None, (self.checks.get(where, ""), problem)))
-
-    def document(self) -> dict[str, Any]:
-        return {
-            "schema": SCHEMA,
-            "command": "verify",
-            "source": self.source,
-            "against": self.against,
-            "ok": not self.findings,
-            "checks": len(self.checks),
-            "findings": self.findings,
-            "experts": self.experts,
-            **({"kernels": self.kernels} if self.kernels else {}),
-        }
 
 
 def verify(
@@ -104,29 +70,32 @@ def verify(
     if through:
         report.kernels = {"backend": through.backend, "experts": [], "decoded": through.decoded}
     expert_bytes = sum(TensorSpec(g.shape, g.dtype).nbytes * len(g.members) for g in tested.groups)
-    with shown(f"verifying {tested.reader.folder.name}", expert_bytes * (2 if reference else 1), quiet) as progress:
-        if isinstance(tested, DersSource):
-            _intact(tested, report, jobs, progress)
-        elif reference is None:
-            _readable(tested, report, jobs, progress)
+    with shown(f"verifying {tested.reader.folder.name}", expert_bytes, quiet) as progress:
         states = _states(hidden) if hidden and (reference or through) else None
+        layers = _match(tested, reference, report) if reference is not None else []
+        if isinstance(tested, DersSource):
+            intact(tested, report, _compared_whole(layers), jobs, progress)
+        elif reference is None:
+            readable(tested, report, jobs, progress)
         if reference is not None:
-            layers = _match(tested, reference, report)
             tasks = [
                 partial(
-                    compare_layer,
+                    _layer,
                     tested,
                     reference,
                     layer,
                     _states_of(layer, states, seed, tokens) if outputs else None,
-                    progress.advance,
+                    progress,
                     through.run if through else None,
                 )
                 for layer in layers
             ]
-            for result in local.run(tasks, jobs):
-                _judge(tested, result, bounds, report)
-                if result.kernels:
+            for found, result in local.run(tasks, jobs):
+                for where, problem in found:
+                    report.add(where, problem)
+                if result is not None:
+                    _judge(tested, result, bounds, report)
+                if result is not None and result.kernels:
                     _judge_kernels(result.name, result.kernels, report)
             _compare_others(tested, reference, report)
         elif through:
@@ -137,99 +106,41 @@ def verify(
     return report
 
 
-# --- a checkpoint by itself
-
-
-def _intact(source: DersSource, report: Report, jobs: int, progress: Progress) -> None:
-    check_places(source)
-    for where, problem in _misplaced(source):
-        report.add(where, problem)
-    folder, manifest = source.reader.folder, source.manifest
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            report.add(name, "missing; ders.json lists it")
-        else:
-            report.add(name, "" if file_hash(path) == expected else "changed: it does not have its hash in ders.json")
-    for name, problem in zip(
-        source.reader.tensors,
-        local.run([partial(_damage, source, name) for name in source.reader.tensors], jobs),
-        strict=True,
-    ):
-        report.add(name, problem)
-    for problems in local.run([partial(_decodes, source, group, progress) for group in source.groups], jobs):
-        for where, problem in problems:
-            report.add(where, problem)
-
-
-def _misplaced(source: DersSource) -> Iterator[tuple[str, str]]:
-    """Experts whose place in the source is not the one that the source's own layout gives them."""
-    config = json.loads(source.manifest["source"]["config"])
-    layout = find_layout(source_specs(source), config, include_shared=source.shared)
-    expected = {(group.name, label): view for group in layout.groups for label, view in group.members}
-    for group in source.groups:
-        for label, view in group.members:
-            if expected.get((unsliced(group.name), label)) != view:
-                yield (
-                    f"{group.name}, expert {label}",
-                    f"ders.json places it in {view.tensor}, its source's layout elsewhere",
-                )
-
-
-def _damage(source: DersSource, name: str) -> str:
-    """Which part of a tensor does not have its hash in ders.json, or ""."""
-    expected = source.manifest["tensors"][name]
-    found = source.reader.hashes(name, len(expected))
-    bad = [str(number) for number, (here, noted) in enumerate(zip(found, expected, strict=True)) if here != noted]
-    where = f"expert {', '.join(bad)}: " if bad and len(expected) > 1 else ""
-    return (
-        f"{where}damaged: its bytes in {source.reader.places[name].file} do not have their hash in ders.json"
-        if bad
-        else ""
-    )
-
-
-def _decodes(source: DersSource, group: ExpertGroup, progress: Progress) -> list[tuple[str, str]]:
-    """(where, problem or "") for every expert of a group."""
-    found = []
-    for i, (label, _) in enumerate(group.members):
-        digest, problem = blake3(), ""
-        try:
-            for rows in source.blocks(group):
-                bits = source.read(group, i, rows)
-                digest.update(bits.reshape(-1).view(np.uint8))
-                progress.advance(bits.nbytes)
-            if digest.hexdigest() != source.entry(group)["members"][i]["restored_hash"]:
-                problem = "does not decode to the bits noted at conversion"
-        except CheckpointError as error:
-            problem = f"does not decode: {error}"
-        found.append((f"{group.name}, expert {label}", problem))
-    return found
-
-
-def _readable(source: Source, report: Report, jobs: int, progress: Progress) -> None:
-    for problems in local.run([partial(_finite, source, group, progress) for group in source.groups], jobs):
-        for where, problem in problems:
-            report.add(where, problem)
-
-
-def _finite(source: Source, group: ExpertGroup, progress: Progress) -> list[tuple[str, str]]:
-    found = []
-    for i, (label, view) in enumerate(group.members):
-        problem, zero = "", True
-        for rows in source.blocks(group):
-            values = floats.widen(source.read(group, i, rows), group.dtype)
-            zero &= not values.any()
-            bad = floats.first_nonfinite(values)
-            if bad >= 0 and not problem:
-                row, column = rows.start + bad // group.shape[1], bad % group.shape[1]
-                problem = f"{values.flat[bad]} at [{row}, {column}] ({view.tensor})"
-            progress.advance(values.nbytes // 2)
-        found.append((f"{group.name}, expert {label}", problem or (f"is all zeros ({view.tensor})" if zero else "")))
-    return found
-
-
 # --- two checkpoints
+
+
+def _layer(
+    tested: Source,
+    reference: Source,
+    layer: Layer,
+    states: np.ndarray | None,
+    progress: Progress,
+    run_kernels: "Callable[[dict[str, ExpertGroup], np.ndarray], LayerRun] | None",
+) -> tuple[Found, LayerResult | None]:
+    """One layer, read once: its stored tensors' hashes, then its experts beside the reference's.
+
+    Where an expert does not decode there is nothing to compare: which ones they are is found.
+    """
+    whole = [group for group in layer.tested.values() if group.name in _compared_whole([layer])]
+    stored = isinstance(tested, DersSource)
+    found = [check for group in whole for check in damage(tested, tested.tensors_of(group))] if stored else []
+    try:
+        return found, compare_layer(tested, reference, layer, states, progress.advance, run_kernels)
+    except CheckpointError:
+        broken = [check for group in whole for check in decodes(tested, group, progress)] if stored else []
+        if not any(problem for _, problem in broken):
+            raise
+        return found + broken, None
+    finally:
+        for source, groups in ((tested, layer.tested), (reference, layer.reference)):
+            for group in groups.values():
+                source.done(group, range(len(group.members)))
+
+
+def _compared_whole(layers: list[Layer]) -> set[str]:
+    """Names of the groups of which every expert under test has its counterpart."""
+    pairs = [(group, layer.reference[projection]) for layer in layers for projection, group in layer.tested.items()]
+    return {group.name for group, other in pairs if dict(group.members).keys() <= dict(other.members).keys()}
 
 
 def _match(tested: Source, reference: Source, report: Report) -> list[Layer]:
@@ -296,16 +207,17 @@ def _judge(tested: Source, result: LayerResult, bounds: Bounds, report: Report) 
                 **output,
             }
         )
-        report.add(f"{matched.group.name}, expert {matched.label}", _problem(tested, matched, output, bounds))
+        where, noted = f"{matched.group.name}, expert {matched.label}", _noted(tested, matched)
+        if noted is not None and matched.hash != noted["restored_hash"]:
+            report.add(where, "does not decode to the bits noted at conversion")
+        report.add(where, _problem(matched, noted, output, bounds))
 
 
-def _problem(tested: Source, matched: Matched, output: dict[str, float], bounds: Bounds) -> str:
-    """Why a difference is one, or ""."""
+def _problem(matched: Matched, noted: dict[str, Any] | None, output: dict[str, float], bounds: Bounds) -> str:
+    """Why a difference is one, or "". `noted`: what ders.json says of the expert, if it comes from a DeRS checkpoint."""
     if matched.hash == matched.reference_hash:
         return ""
     errors, said = matched.errors, f" ({matched.diagnosis})" if matched.diagnosis else ""
-    view = dict(matched.group.members)[matched.label]
-    noted = _noted(tested, matched)
     if not bounds.given and noted is not None and noted["source_hash"] != matched.reference_hash:
         return f"was converted from another expert than the reference's{said}; error {errors['weight']:.3g}"
     if bounds.given:
@@ -335,6 +247,7 @@ def _problem(tested: Source, matched: Matched, output: dict[str, float], bounds:
         ]
         return "; ".join(passed) + said if passed else ""
     if noted is None:
+        view = dict(matched.group.members)[matched.label]
         return f"{view.tensor}: differs{said}: weight error {errors['weight']:.3g}, largest {errors['max_abs']:.3g}"
     if abs(errors["weight"] - noted["error"]["weight"]) > NOTED * noted["error"]["weight"]:
         return f"weight error {errors['weight']:.6g}, noted at conversion {noted['error']['weight']:.6g}{said}"
@@ -345,7 +258,7 @@ def _noted(tested: Source, matched: Matched) -> dict[str, Any] | None:
     """What ders.json says of an expert, or None for a plain checkpoint."""
     if not isinstance(tested, DersSource):
         return None
-    return next(m for m in tested.entry(matched.group)["members"] if m["label"] == matched.label)
+    return tested.noted(matched.group, matched.label)
 
 
 def _compare_others(tested: Source, reference: Source, report: Report) -> None:

@@ -3,8 +3,8 @@
 from collections import Counter
 from typing import Any
 
+from .findings import Report
 from .report import print_table
-from .verify import Report
 
 SHOWN = 40  # findings printed; --json has them all
 

@@ -175,7 +175,7 @@ def test_bounds_are_on_the_kernels_outputs(folders, monkeypatch):
     ],
 )
 def test_usage_is_2_before_any_work(folders, monkeypatch, arguments, said):
-    monkeypatch.setattr(verification, "_intact", lambda *_: pytest.fail("worked"))
+    monkeypatch.setattr(verification, "intact", lambda *_: pytest.fail("worked"))
     monkeypatch.setitem(dispatch.BACKENDS, "cpu", "refusing")
     monkeypatch.setitem(sys.modules, "refusing", importlib.import_module("types").ModuleType("refusing"))
     sys.modules["refusing"].refuses = lambda op, x, deltas: "not on this day"

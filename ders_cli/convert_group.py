@@ -42,10 +42,7 @@ def convert_group(
     came, restored = [blake3() for _ in keys], [blake3() for _ in keys]
     totals, worst = np.zeros((experts, len(sums.NAMES))), np.zeros(experts, np.float32)
     stream = spool.open("wb") if codec.lossless else None
-    blocks = list(row_blocks(group.shape, together or _block_rows(group)))
-    for number, rows in enumerate(blocks):
-        for coming in blocks[number + 1 : number + 2] if number else blocks[:2]:
-            source.expect_rows(group, coming)
+    for number, rows in enumerate(row_blocks(group.shape, together or _block_rows(group))):
         read = _held_reader(source, group, rows)
         base = _base_rows(source, base_of, group, rows, read)
         writer.write(f"{group.name}.base", rows.start * base[:1].nbytes, base)

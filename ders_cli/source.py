@@ -13,13 +13,14 @@ import numpy as np
 from ders_kernels.counter_rng import make_key
 
 from .checkpoint.manifest import index_text, is_ders, read_manifest
-from .checkpoint.reader import INDEX, CheckpointReader, expect_view, read_view
+from .checkpoint.reader import INDEX, CheckpointReader, read_view
 from .checkpoint.tensor import STORAGE, TensorSpec
 from .checkpoint.writer import header_text
 from .codecs import DeltaCodec, codec_from_config
 from .codecs.base import Parts
-from .errors import CheckpointError, UsageError
+from .errors import CheckpointError
 from .layouts import ExpertGroup, MatrixView, find_layout
+from .remote.reader import open_reader
 from .users import Users
 
 # Rows are handled in blocks of about this many weights of one expert: 1 MB of fp32, which a core's cache holds.
@@ -56,9 +57,6 @@ class Source(ABC):
         """Where the first of some of the reader's tensors stands: work in this order reads files from front to back."""
         places = [self.reader.places[name] for name in names if name in self.reader.places]
         return min(((place.file, place.begin) for place in places), default=("", 0))
-
-    def expect_rows(self, group: ExpertGroup, rows: slice) -> None:  # noqa: B027 (a source need not care)
-        """These rows of all experts will be read next."""
 
     def done(self, group: ExpertGroup, members: Iterable[int]) -> None:
         """Some experts of the group will not be read again in this run; with the last of them its tensors are let go."""
@@ -104,8 +102,9 @@ def row_blocks(shape: tuple[int, int], step: int) -> Iterator[slice]:
 class PlainSource(Source):
     """Experts as the file keeps them."""
 
-    def __init__(self, folder: Path, shared: bool = False):
-        self.reader, self.folders = CheckpointReader(folder), [folder]
+    def __init__(self, checkpoint: Path | CheckpointReader, shared: bool = False):
+        self.reader = checkpoint if isinstance(checkpoint, CheckpointReader) else CheckpointReader(checkpoint)
+        self.folders = [self.reader.folder]
         try:
             layout = find_layout(self.reader.tensors, self.reader.config, include_shared=shared)
         except BaseException:
@@ -123,12 +122,6 @@ class PlainSource(Source):
 
     def tensors_of(self, group: ExpertGroup) -> list[str]:
         return list(dict.fromkeys(view.tensor for _, view in group.members))
-
-    def expect_rows(self, group: ExpertGroup, rows: slice) -> None:
-        for _, view in group.members:
-            expect_view(
-                self.reader, view.tensor, view.offset, (view.row_stride, view.column_stride), view.shape, rows
-            )
 
     def form(self) -> dict[str, Any]:
         reader, files = self.reader, {}
@@ -157,10 +150,11 @@ class PlainSource(Source):
 class DersSource(Source):
     """Experts as base + delta, from a DeRS checkpoint."""
 
-    def __init__(self, folder: Path):
-        self.reader, self.folders = CheckpointReader(folder), [folder]
+    def __init__(self, checkpoint: Path | CheckpointReader):
+        self.reader = checkpoint if isinstance(checkpoint, CheckpointReader) else CheckpointReader(checkpoint)
+        self.folders = [self.reader.folder]
         try:
-            self.manifest = read_manifest(folder)
+            self.manifest = read_manifest(self.reader.folder)
             self.groups, self.codecs = _groups_of(self.manifest)
             self._entries = {entry["name"]: entry for entry in self.manifest["groups"]}
             self._noted: dict[str, dict[str, dict[str, Any]]] = {}  # group -> label -> its member's entry
@@ -300,8 +294,7 @@ def _groups_of(manifest: dict[str, Any]) -> tuple[tuple[ExpertGroup, ...], dict[
         raise CheckpointError(f"ders.json: groups are not as docs/format.md says: {error!r:.120}") from None
 
 
-def open_source(folder: Path, shared: bool = False) -> Source:
-    """A DeRS checkpoint if ders.json is there, otherwise a plain MoE."""
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder")
-    return DersSource(folder) if is_ders(folder) else PlainSource(folder, shared)
+def open_source(location: str | Path, shared: bool = False, scratch: Path | None = None) -> Source:
+    """A DeRS checkpoint if ders.json is there, otherwise a plain MoE. `scratch`: for what is fetched of a remote one."""
+    reader = open_reader(location, scratch)
+    return DersSource(reader) if is_ders(reader.folder) else PlainSource(reader, shared)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -131,6 +132,36 @@ def test_the_official_reader_agrees(tmp_path: Path) -> None:
     with CheckpointReader(tmp_path) as reader:
         header = reader.headers["theirs.safetensors"]
         assert header_text(header.tensors, header.metadata) == header.text == data[8 : 8 + len(header.text)]
+
+
+def test_hashes_in_any_order(tmp_path: Path) -> None:
+    """What comes in order is hashed on the way, the rest is read back; both are the hashes of the bytes that stand there."""
+    data = np.random.default_rng(0).integers(0, 256, (4, 6), np.uint8)
+    orders = {
+        "whole": [(0, 24)],
+        "ordered": [(0, 3), (12, 17), (3, 6), (6, 12), (17, 18), (18, 24)],  # slices by turns, each from its front
+        "across": [(0, 8), (8, 24)],
+        "disordered": [(3, 6), (0, 3), (6, 12), (12, 18), (21, 24), (18, 21)],
+        "gap": [(0, 2), (3, 6), (2, 3), (6, 24)],
+    }
+    specs = {name: TensorSpec(data.shape, "U8") for name in orders} | {"empty": TensorSpec((2, 0), "U8")}
+    read_back = []
+
+    class Spied(ShardWriter):
+        def read_back(self, name: str, begin: int, out: np.ndarray) -> None:
+            read_back.append((name, begin))
+            super().read_back(name, begin, out)
+
+    writer = Spied(tmp_path / "x.safetensors", specs, ["tail"], slices=dict.fromkeys(orders, 4) | {"empty": 2})
+    for name, parts in orders.items():
+        for begin, end in parts:
+            writer.write(name, begin, data.reshape(-1)[begin:end])
+    writer.append("tail", TensorSpec((24,), "U8"), [data[0], data[1:].reshape(-1)])
+    hashes = writer.hashes()
+    writer.close()
+    assert all(hashes[name] == [blake3(row.tobytes()).hexdigest() for row in data] for name in orders)
+    assert hashes["tail"] == [blake3(data.tobytes()).hexdigest()] and hashes["empty"] == [blake3().hexdigest()] * 2
+    assert read_back == [("disordered", 0), ("disordered", 18), ("gap", 0)]
 
 
 @pytest.mark.parametrize("strides", ["contiguous", "interleaved", "transposed", "transposed interleaved"])

@@ -54,20 +54,20 @@ def damage(source: DersSource, names: list[str]) -> Found:
 
 def decodes(source: DersSource, group: ExpertGroup, progress: Progress) -> Found:
     """Whether every expert of a group still decodes to its `restored_hash`."""
-    found = []
-    for i, (label, _) in enumerate(group.members):
-        digest, problem = blake3(), ""
-        try:
-            for rows in source.blocks(group):
-                bits = source.read(group, i, rows)
+    digests, problems = [blake3() for _ in group.members], [""] * len(group.members)
+    for rows in source.blocks(group):
+        base = source.read_base(group, rows)
+        for i, digest in enumerate(digests):
+            try:
+                bits = base if problems[i] else source.decode(group, i, rows, base)
                 digest.update(bits.reshape(-1).view(np.uint8))
-                progress.advance(bits.nbytes)
-            if digest.hexdigest() != source.entry(group)["members"][i]["restored_hash"]:
-                problem = "does not decode to the bits noted at conversion"
-        except CheckpointError as error:
-            problem = f"does not decode: {error}"
-        found.append((f"{group.name}, expert {label}", problem))
-    return found
+            except CheckpointError as error:
+                problems[i] = f"does not decode: {error}"
+            progress.advance(base.nbytes)
+    for i, (member, digest) in enumerate(zip(source.entry(group)["members"], digests, strict=True)):
+        if not problems[i] and digest.hexdigest() != member["restored_hash"]:
+            problems[i] = "does not decode to the bits noted at conversion"
+    return [(f"{group.name}, expert {label}", problem) for (label, _), problem in zip(group.members, problems)]
 
 
 def _group(source: DersSource, group: ExpertGroup, progress: Progress) -> Found:

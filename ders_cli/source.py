@@ -45,6 +45,10 @@ class Source(ABC):
     def read(self, group: ExpertGroup, member: int, rows: slice) -> np.ndarray:
         """Stored bits [rows, in] of one expert."""
 
+    def read_experts(self, group: ExpertGroup, members: Iterable[int], rows: slice) -> Iterator[np.ndarray]:
+        """The same rows of several experts, one after another."""
+        return (self.read(group, member, rows) for member in members)
+
     @abstractmethod
     def form(self) -> dict[str, Any]:
         """The plain checkpoint's own form, down to its header bytes: `source` in ders.json (docs/format.md, section 6)."""
@@ -228,7 +232,15 @@ class DersSource(Source):
         return self.reader.read(f"{group.name}.base", rows)
 
     def read(self, group: ExpertGroup, member: int, rows: slice) -> np.ndarray:
-        codec, base = self.codecs[group.name], self.read_base(group, rows)
+        return self.decode(group, member, rows, self.read_base(group, rows))
+
+    def read_experts(self, group: ExpertGroup, members: Iterable[int], rows: slice) -> Iterator[np.ndarray]:
+        base = self.read_base(group, rows)
+        return (self.decode(group, member, rows, base) for member in members)
+
+    def decode(self, group: ExpertGroup, member: int, rows: slice, base: np.ndarray) -> np.ndarray:
+        """Stored bits [rows, in] of one expert, given those of the base. Raises CheckpointError naming the expert."""
+        codec = self.codecs[group.name]
         label = group.members[member][0]
         try:
             parts = self._parts(group, codec, member, rows)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from ders_kernels.counter_rng import draw
 from ders_kernels.cpu_ops import select
 
 from ..checkpoint.tensor import TensorSpec
@@ -46,15 +45,28 @@ class DropCodec(SelectiveCodec):
         return {}
 
     def select(self, delta: np.ndarray, key: int, row: int) -> tuple[Parts, np.ndarray]:
-        width = delta.shape[1]
-        values = np.take_along_axis(delta, self.columns({}, delta.shape, key, row), axis=1)
-        return {}, values * np.float32(width / self.kept(width))
+        columns = self.columns({}, delta.shape, key, row)
+        values = np.empty(columns.shape, np.float32)
+        select.gather(np.ascontiguousarray(delta), columns, self._scale(delta.shape[1]), values)
+        return {}, values
 
     def columns(self, parts: Parts, shape: tuple[int, int], key: int, row: int) -> np.ndarray:
-        rows, width = shape
-        columns = np.empty((rows, self.kept(width)), np.int32)
-        select.largest(draw(key, row * width, rows * width).reshape(shape), columns)
+        columns = np.empty((shape[0], self.kept(shape[1])), np.int32)
+        starts = np.arange(shape[0] + 1) * columns.shape[1]
+        select.largest_drawn(np.uint64(key), row, shape[1], starts, columns.reshape(-1))
         return columns
+
+    def encode_expert(self, expert: np.ndarray, base: np.ndarray, dtype: str, key: int, row: int) -> Parts:
+        if dtype == "BF16":
+            columns = self.columns({}, expert.shape, key, row)
+            values = np.empty(columns.shape, np.uint16)
+            pair = np.ascontiguousarray(expert), np.ascontiguousarray(base)
+            if select.gather_bf16(*pair, columns, self._scale(expert.shape[1]), values):
+                return {"values": values}
+        return super().encode_expert(expert, base, dtype, key, row)  # which says where it is not finite
+
+    def _scale(self, width: int) -> np.float32:
+        return np.float32(width / self.kept(width))
 
 
 CODEC = DropCodec

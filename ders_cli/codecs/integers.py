@@ -44,14 +44,31 @@ class IntCodec(DeltaCodec):
             "scale": TensorSpec((rows, -(-width // self.group_size)), "BF16"),
         }
 
+    def _empty(self, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 codes and uint16 scale, to be written."""
+        rows, width = shape
+        codes = np.empty((rows, code_bytes(width, self.bits)), np.uint8)
+        return codes, np.empty((rows, -(-width // self.group_size)), np.uint16)
+
     def encode(self, delta: np.ndarray, key: int, row: int) -> Parts:
         rows, width = delta.shape
         drawn = self.bits <= 2
         draws = draw(key, row * width, rows * width if drawn else 0).reshape(rows if drawn else 0, width)
-        codes = np.empty((rows, code_bytes(width, self.bits)), np.uint8)
-        scale = np.empty((rows, -(-width // self.group_size)), np.uint16)
+        codes, scale = self._empty(delta.shape)
         ints.encode(delta, draws, self.bits, self.group_size, codes, scale)
         return {"codes": codes, "scale": scale}
+
+    def encode_expert(self, expert: np.ndarray, base: np.ndarray, dtype: str, key: int, row: int) -> Parts:
+        if dtype != "BF16":
+            return super().encode_expert(expert, base, dtype, key, row)
+        codes, scale = self._empty(expert.shape)
+        pair = np.ascontiguousarray(expert), np.ascontiguousarray(base)
+        if self.bits >= 3:
+            finite = ints.encode_stored(*pair, self.bits, self.group_size, codes, scale)
+        else:
+            finite = ints.encode_stored_signs(*pair, np.uint64(key), row, self.bits, self.group_size, codes, scale)
+        # a NaN or an infinity: the long way says where
+        return {"codes": codes, "scale": scale} if finite else super().encode_expert(expert, base, dtype, key, row)
 
     def decode(self, parts: Parts, shape: tuple[int, int], key: int, row: int) -> np.ndarray:
         out = np.empty(shape, np.float32)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from ders_kernels.cpu_ops import select
+from ders_kernels.cpu_ops import n_of_m, select
 
 from ..checkpoint.tensor import TensorSpec
 from ..errors import UsageError
@@ -43,12 +43,10 @@ class NOfMCodec(SelectiveCodec):
         return {"bitmap": TensorSpec((shape[0], (shape[1] + 7) // 8), "U8")}
 
     def select(self, delta: np.ndarray, key: int, row: int) -> tuple[Parts, np.ndarray]:
-        columns = np.empty((delta.shape[0], self.kept(delta.shape[1])), np.int32)
-        select.largest_of_blocks(select.magnitudes(delta), self.n, self.m, columns)
-        bits = np.zeros(delta.shape, np.uint8)
-        np.put_along_axis(bits, columns, 1, axis=1)
-        values = np.take_along_axis(delta, columns, axis=1)
-        return {"bitmap": np.packbits(bits, axis=1, bitorder="little")}, values * gain(delta, values)
+        rows, width = delta.shape
+        bitmap, values = np.empty((rows, (width + 7) // 8), np.uint8), np.empty((rows, self.kept(width)), np.float32)
+        n_of_m.keep(np.ascontiguousarray(delta), self.n, self.m, bitmap, values)
+        return {"bitmap": bitmap}, values * gain(delta, values)
 
     def columns(self, parts: Parts, shape: tuple[int, int], key: int, row: int) -> np.ndarray:
         columns = np.empty((shape[0], self.kept(shape[1])), np.int32)
@@ -56,6 +54,22 @@ class NOfMCodec(SelectiveCodec):
         if bad >= 0:
             raise ValueError(f"row {row + bad}: bitmap does not keep {self.n} of every {self.m}")
         return columns
+
+    def encode_expert(self, expert: np.ndarray, base: np.ndarray, dtype: str, key: int, row: int) -> Parts:
+        if dtype == "BF16":
+            rows, width = expert.shape
+            bitmap, values = np.empty((rows, (width + 7) // 8), np.uint8), np.empty((rows, self.kept(width)), np.uint16)
+            ratios, pair = np.empty(rows, np.float32), (np.ascontiguousarray(expert), np.ascontiguousarray(base))
+            if n_of_m.keep_bf16(*pair, self.n, self.m, bitmap, values, ratios):
+                return self.settle({"bitmap": bitmap, "values": values}, ratios, expert, base, key, row)
+        return super().encode_expert(expert, base, dtype, key, row)  # which says where it is not finite
+
+    def decode_expert(self, parts: Parts, base: np.ndarray, dtype: str, key: int, row: int) -> np.ndarray:
+        if dtype == "BF16" and (self.n, self.m) == (2, 4):
+            out = np.empty(base.shape, np.uint16)
+            if n_of_m.synthesize_two_of_four(parts["bitmap"], parts["values"], np.ascontiguousarray(base), out):
+                return out
+        return super().decode_expert(parts, base, dtype, key, row)  # which says what bits are wrong
 
 
 CODEC = NOfMCodec

@@ -16,6 +16,8 @@ from ..checkpoint.tensor import TensorSpec
 from ..errors import UsageError
 from .base import DeltaCodec, NonFiniteError, Parts, check_part_dtype
 
+STEP_WEIGHTS = 1 << 17  # decoded at a time: 512 KB of fp32
+
 
 @dataclass(frozen=True)
 class RankCodec(DeltaCodec):
@@ -68,6 +70,19 @@ class RankCodec(DeltaCodec):
         out = np.zeros(shape, np.float32)
         lowrank.add_products(left, right, out)
         return out
+
+    def decode_expert(self, parts: Parts, base: np.ndarray, dtype: str, key: int, row: int) -> np.ndarray:
+        """In steps of some rows that a cache holds, so that the fp32 delta never stands in memory; the same bits."""
+        left, right = floats.widen(parts["left"], self.dtype), floats.widen(parts["right"], self.dtype)
+        expert, step = np.empty_like(base), max(1, STEP_WEIGHTS // max(1, base.shape[1]))
+        delta = np.empty((step, base.shape[1]), np.float32)
+        for first in range(0, base.shape[0], step):
+            rows = slice(first, min(first + step, base.shape[0]))
+            block = delta[: rows.stop - first]
+            block.fill(0)
+            lowrank.add_products(left[rows], right, block)
+            expert[rows] = floats.synthesize(base[rows], block, dtype)
+        return expert
 
 
 CODEC = RankCodec

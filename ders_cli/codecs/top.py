@@ -48,11 +48,25 @@ class TopCodec(SelectiveCodec):
     def select(self, delta: np.ndarray, key: int, row: int) -> tuple[Parts, np.ndarray]:
         columns = np.empty((delta.shape[0], self.kept(delta.shape[1])), np.int32)
         select.largest(select.magnitudes(delta), columns)
-        values = np.take_along_axis(delta, columns, axis=1)
+        values = np.empty(columns.shape, np.float32)
+        select.gather(np.ascontiguousarray(delta), columns, np.float32(1), values)
         return pack_positions(columns, delta.shape[1], unused=False), values * gain(delta, values)
 
     def columns(self, parts: Parts, shape: tuple[int, int], key: int, row: int) -> np.ndarray:
         return unpack_positions(parts, self.kept(shape[1]), shape[1], unused=False, first_row=row)
+
+    def encode_expert(self, expert: np.ndarray, base: np.ndarray, dtype: str, key: int, row: int) -> Parts:
+        if dtype == "BF16":
+            rows, width = expert.shape
+            columns, ratios = np.empty((rows, self.kept(width)), np.int32), np.empty(rows, np.float32)
+            values, pair = (
+                np.empty(columns.shape, np.uint16),
+                (np.ascontiguousarray(expert), np.ascontiguousarray(base)),
+            )
+            if select.largest_bf16(*pair, columns, values, ratios):
+                parts = pack_positions(columns, width, unused=False) | {"values": values}
+                return self.settle(parts, ratios, expert, base, key, row)
+        return super().encode_expert(expert, base, dtype, key, row)  # which says where it is not finite
 
 
 CODEC = TopCodec

@@ -2,3 +2,7 @@
 
 Knows numpy, numba and torch; knows nothing of checkpoints.
 """
+
+from . import numba_cache
+
+numba_cache.choose()  # before a module of this package imports numba, which reads its settings then

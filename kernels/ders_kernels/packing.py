@@ -12,7 +12,11 @@ l is the smallest of those that make n*l + n + (m >> l) + 1 least. The size depe
 """
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from .jit import njit
 
 
 def code_bytes(count: int, bits: int) -> int:
@@ -120,42 +124,110 @@ def position_bytes(n: int, m: int, unused: bool) -> dict[str, int]:
     return {part: size for part, size in parts.items() if size}
 
 
+@intrinsic
+def lowest_bit(typing_context, word):
+    """Number of the lowest set bit of a uint64, 64 without any; one instruction."""
+
+    def build(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
+
+    return types.int64(types.uint64), build
+
+
+@intrinsic
+def count_bits(typing_context, word):
+    """How many bits of a uint64 are set; one instruction."""
+
+    def build(context, builder, signature, arguments):
+        return builder.ctpop(arguments[0])
+
+    return types.int64(types.uint64), build
+
+
 @njit(nogil=True, cache=True)
-def _pack_positions(columns, low_count, low, high):
+def pack_flags(flags, out):
+    """uint8 flags of 0 or 1, 8 for each byte of out -> uint8 out, bit i flag i."""
+    words = flags.view(np.uint64)
+    for i in range(out.size):  # the product moves bit 0 of byte i to bit 56 + i
+        out[i] = np.uint8((words[i] * np.uint64(0x0102040810204080)) >> np.uint64(56))
+
+
+@njit(nogil=True, cache=True)
+def _pack_codes(codes, bits, out):
+    """uint8 codes of 1 ... 8 bits, zeros up to a whole eight -> uint8 bytes [ceil(n * bits / 8)]: pack_row by eights."""
+    for i in range(out.size // bits):
+        held = np.uint64(0)
+        for j in range(8):
+            held |= np.uint64(codes[8 * i + j]) << np.uint64(bits * j)
+        for j in range(bits):
+            out[i * bits + j] = np.uint8((held >> np.uint64(8 * j)) & np.uint64(0xFF))
+    done, held = out.size // bits, np.uint64(0)
+    if done * bits < out.size:
+        for j in range(8):
+            held |= np.uint64(codes[8 * done + j]) << np.uint64(bits * j)
+        for at in range(done * bits, out.size):
+            out[at] = np.uint8((held >> np.uint64(8 * (at - done * bits))) & np.uint64(0xFF))
+
+
+@njit(nogil=True, cache=True)
+def _pack_bitmap(columns, bitmap):
+    flags = np.zeros(bitmap.shape[1] * 8, np.uint8)
     for row in range(columns.shape[0]):
         for i in range(columns.shape[1]):
-            column = columns[row, i]
-            bit = (column >> low_count) + i
-            high[row, bit >> 3] |= np.uint8(1 << (bit & 7))
+            flags[columns[row, i]] = 1
+        pack_flags(flags, bitmap[row])
+        flags[:] = 0
+
+
+@njit(nogil=True, cache=True)
+def _pack_positions(columns, low_count, low, high):
+    """Elias-Fano, for low_count <= 8 by bytes: a flag for each bit of high and a code for each column; else bit by bit."""
+    n = columns.shape[1]
+    flags, codes = np.zeros(high.shape[1] * 8, np.uint8), np.zeros(n + 8, np.uint8)
+    for row in range(columns.shape[0]):
+        for i in range(n):
+            flags[(columns[row, i] >> low_count) + i] = 1
+        pack_flags(flags, high[row])
+        flags[:] = 0
+        if low_count <= 8:
+            for i in range(n):
+                codes[i] = columns[row, i] & ((1 << low_count) - 1)
+            if low_count:
+                _pack_codes(codes, low_count, low[row])
+            continue
+        for i in range(n):
             for j in range(low_count):
-                if (column >> j) & 1:
-                    bit = i * low_count + j
-                    low[row, bit >> 3] |= np.uint8(1 << (bit & 7))
+                bit = i * low_count + j
+                low[row, bit >> 3] |= np.uint8(((columns[row, i] >> j) & 1) << (bit & 7))
 
 
 @njit(nogil=True, cache=True)
 def _unpack_positions(low, high, low_count, m, unused, columns):
     """-1 if well formed, else the first bad row."""
+    n = columns.shape[1]
+    bits, codes = np.empty(high.shape[1] * 8, np.uint8), np.zeros(n, np.uint8)
+    places = np.empty(bits.size + 1, np.int32)
     for row in range(columns.shape[0]):
-        i, last = 0, -1
-        for byte in range(high.shape[1]):
-            held = high[row, byte]
-            while held:
-                bit = 0
-                while not (held >> bit) & 1:
-                    bit += 1
-                held &= np.uint8(held - 1)
-                if i == columns.shape[1]:
-                    return row
-                column = (byte * 8 + bit - i) << low_count
-                for j in range(low_count):
-                    at = i * low_count + j
-                    column |= ((low[row, at >> 3] >> (at & 7)) & 1) << j
-                if column >= m + unused or (column <= last and column < m):
-                    return row
-                columns[row, i] = last = column
-                i += 1
-        if i != columns.shape[1]:
+        line = columns[row]
+        unpack_row(high[row], 1, bits)
+        found = 0
+        for bit in range(bits.size):  # every place is written, and kept by moving on: no branch to mispredict
+            places[found] = bit
+            found += bits[bit]
+        if found != n:
+            return row
+        if 0 < low_count <= 8:
+            unpack_row(low[row], low_count, codes)
+        for i in range(n):
+            line[i] = ((places[i] - i) << low_count) | codes[i]
+        for i in range(n if low_count > 8 else 0):
+            for j in range(low_count):
+                at = i * low_count + j
+                line[i] |= ((np.int32(low[row, at >> 3]) >> (at & 7)) & 1) << j
+        wrong = n > 0 and line[n - 1] >= m + unused
+        for i in range(1, n):
+            wrong |= (line[i] <= line[i - 1]) & (line[i] < m) | (line[i] < line[i - 1])
+        if wrong:
             return row
     return -1
 
@@ -184,9 +256,8 @@ def pack_positions(columns: np.ndarray, m: int, unused: bool) -> dict[str, np.nd
     sizes = position_bytes(n, m, unused)
     parts = {part: np.zeros((rows, size), np.uint8) for part, size in sizes.items()}
     if "bitmap" in parts:
-        bits = np.zeros((rows, m), np.uint8)
-        np.put_along_axis(bits, columns, 1, axis=1)
-        return {"bitmap": np.packbits(bits, axis=1, bitorder="little")}
+        _pack_bitmap(columns, parts["bitmap"])
+        return parts
     _pack_positions(columns, low_bits(n, m), parts.get("low", np.zeros((rows, 0), np.uint8)), parts["high"])
     return parts
 

@@ -7,7 +7,8 @@ BF16 and F16 arrive as uint16, F32 as uint32. A NaN is narrowed to a quiet NaN o
 """
 
 import numpy as np
-from numba import njit
+
+from ..jit import njit
 
 _ROUND = np.uint32(0x7FFF)
 _QUIET = np.uint16(0x40)

@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from ..deltas import Ints
+from ..jit import njit
 from ..packing import unpack_row
 
 GROUP_SIZES = (32, 64, 128, 256)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from ..jit import njit
 from .decode import bits_of
 from .floats import bf16_bits, bf16_value
 from .pairs import of_pairs

@@ -20,12 +20,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from llvmlite import binding, ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
 from ..deltas import Ints
+from ..jit import njit
 from .floats import bf16_bits
 from .pairs import of_pairs
 from .threads import share

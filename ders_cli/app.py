@@ -40,7 +40,10 @@ def _global(
 
 
 for _name, _command in discover(commands, "COMMAND").items():
-    app.command(_name, context_settings=CONTEXT)(_command)
+    if isinstance(_command, typer.Typer):  # it has commands of its own
+        app.add_typer(_command, name=_name, context_settings=CONTEXT)
+    else:
+        app.command(_name, context_settings=CONTEXT)(_command)
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -11,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 from ders_kernels.cpu_ops import floats
+from ders_kernels.cpu_ops.mean import mean as mean_bf16
 
 from .checkpoint.reader import CheckpointReader, read_view
 from .checkpoint.tensor import FLOATS
 from .errors import CheckpointError, UnsupportedError, UsageError
 from .layouts import ExpertGroup, MatrixView, find_dense
+from .remote.address import is_remote, local_path
+from .remote.reader import open_reader
 
 MEAN_BYTES = 32 << 20  # most that the experts' rows may take while their mean is made
 
@@ -34,9 +37,14 @@ class Base(ABC):
     def check(self, group: ExpertGroup) -> None:  # noqa: B027 (nothing can be wrong with a mean)
         """Raise what `rows` would, from headers alone."""
 
+    def close(self) -> None:  # noqa: B027 (a mean has nothing open)
+        """What was opened for it."""
+
 
 def mean(experts: list[np.ndarray], dtype: str) -> np.ndarray:
     """Stored bits [E][rows, in] -> stored bits of their mean."""
+    if dtype == "BF16" and (found := mean_bf16(experts)) is not None:
+        return found
     total = floats.widen(experts[0], dtype).copy()
     with np.errstate(invalid="ignore", over="ignore"):
         for expert in experts[1:]:
@@ -74,9 +82,12 @@ class ExpertBase(Base):
 class DenseBase(Base):
     """The dense checkpoint's FFN; where its dtype differs it is rounded to the experts'."""
 
-    def __init__(self, folder: Path):
-        self.folder, self._reader = folder, CheckpointReader(folder)
-        self.label = f"dense:{folder.resolve().name}"
+    def __init__(self, reader: CheckpointReader):
+        self.folder, self.address, self._reader = reader.folder, reader.address, reader
+        self.label = f"dense:{self.folder.resolve().name}"
+
+    def close(self) -> None:
+        self._reader.close()
 
     def _view(self, group: ExpertGroup) -> MatrixView:
         view = find_dense(group, self._reader.tensors, self._reader.config)
@@ -92,19 +103,21 @@ class DenseBase(Base):
         bits = read_view(
             self._reader, view.tensor, view.offset, (view.row_stride, view.column_stride), view.shape, rows
         )
+        if rows.stop == view.shape[0]:
+            self._reader.done(view.tensor)
         dtype = self._reader.tensors[view.tensor].dtype
         return bits if dtype == group.dtype else floats.narrow(floats.widen(bits, dtype), group.dtype)
 
 
-def make_base(text: str) -> Base:
-    """`mean`, `expert:N`, or the folder of a dense checkpoint."""
+def make_base(text: str, scratch: Path | None = None) -> Base:
+    """`mean`, `expert:N`, or the folder or address of a dense checkpoint; `scratch`: for what is fetched of it."""
     if text == "mean":
         return MeanBase()
     if text.startswith("expert:"):
         return ExpertBase(int(text[7:]))
-    if not Path(text).is_dir():
+    if not is_remote(text) and not local_path(text).is_dir():
         raise UsageError(f"base {text!r}: expected mean, expert:N or the folder of a dense model; no such folder")
     try:
-        return DenseBase(Path(text))
+        return DenseBase(open_reader(text, scratch))
     except CheckpointError as error:
         raise CheckpointError(f"base {text}: {error}") from None

@@ -1,14 +1,12 @@
 """The rows of `ders bench`: for a person a table for each operation, for a program one document."""
 
-import platform
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .bench import Bench, Row
+from .bench_machine import processor, versions
 from .report import print_table
 
 SCHEMA = 1
@@ -41,26 +39,10 @@ def document(bench: Bench, rows: list[Row]) -> dict[str, Any]:
         "command": "bench",
         "quick": bench.quick,
         "backend": bench.backend,
-        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "device": torch.cuda.get_device_name() if cuda else f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
         "kind": bench.device.type,
         "threads": torch.get_num_threads(),
         "bandwidth_gb_s": float(f"{bench.bandwidth / 1e9:.4g}"),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}
-        | {name: _version(name) for name in ("ders-cli", "triton", "numpy", "numba")},
+        "versions": versions("ders-cli", "triton", "numpy", "numba") | {"torch": torch.__version__},
         "rows": [asdict(row) for row in rows],
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    """Its name in /proc/cpuinfo, and what torch uses of it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"

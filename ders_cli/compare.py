@@ -16,11 +16,11 @@ from typing import Protocol
 
 import numpy as np
 from blake3 import blake3
-from ders_kernels.cpu_ops import floats, sums
+from ders_kernels.cpu_ops import floats
 
 from .base import MEAN_BYTES, mean
 from .checkpoint.tensor import TensorSpec
-from .describe import errors_of
+from .differences import Differences
 from .errors import CheckpointError
 from .layouts import ExpertGroup
 from .source import BLOCK_WEIGHTS, DersSource, Source, row_blocks
@@ -123,8 +123,8 @@ def _compare_group(
     at = {label: i for i, (label, _) in enumerate(other.members)}
     pairs = [(i, at[label], label) for i, (label, _) in enumerate(group.members) if label in at]
     own, its = {label: blake3() for *_, label in pairs}, {label: blake3() for *_, label in pairs}
-    totals = {label: np.zeros(len(sums.NAMES)) for *_, label in pairs}
-    worst, zero, first_bad = dict.fromkeys(totals, 0.0), dict.fromkeys(totals, True), {}
+    differences = {label: Differences() for *_, label in pairs}
+    zero, first_bad = dict.fromkeys(differences, True), {}
     for rows in _blocks(tested, reference, group, other):
         held = None
         if isinstance(tested, DersSource):
@@ -134,52 +134,46 @@ def _compare_group(
         else:
             held = [reference.read(other, j, rows) for j in range(len(other.members))]
             base = mean(held, other.dtype)
-        wide_base = floats.widen(base, group.dtype)
         if outputs is not None:
-            outputs.add("base", None, group.projection, rows, wide_base)
-        for i, j, label in pairs:
-            bits = tested.read(group, i, rows)
+            outputs.add("base", None, group.projection, rows, floats.widen(base, group.dtype))
+        experts = tested.read_experts(group, [i for i, *_ in pairs], rows)
+        for (_, j, label), bits in zip(pairs, experts, strict=True):
             theirs = held[j] if held else reference.read(other, j, rows)
             own[label].update(bits.reshape(-1).view(np.uint8))
             its[label].update(theirs.reshape(-1).view(np.uint8))
-            here, there = floats.widen(bits, group.dtype), floats.widen(theirs, other.dtype)
-            bad = floats.first_nonfinite(here)
-            if bad >= 0:
-                first_bad.setdefault(label, (rows.start + bad // here.shape[1], bad % here.shape[1]))
-            zero[label] &= not here.any()
-            block, most = np.empty((here.shape[0], len(sums.NAMES))), np.empty(here.shape[0], np.float32)
-            sums.differences(there, here, wide_base, block, most)
-            totals[label] += block.sum(axis=0)
-            worst[label] = max(worst[label], float(np.nan_to_num(most.max(), nan=math.inf)))
+            finite = differences[label].add(theirs, bits, base, group.dtype)
+            if not finite and (bad := floats.first_nonfinite(floats.widen(bits, group.dtype))) >= 0:
+                first_bad.setdefault(label, (rows.start + bad // bits.shape[1], bad % bits.shape[1]))
+            zero[label] = zero[label] and not floats.widen(bits, group.dtype).any()
             if outputs is not None:
-                outputs.add("tested", label, group.projection, rows, here)
-                outputs.add("reference", label, group.projection, rows, there)
+                outputs.add("tested", label, group.projection, rows, floats.widen(bits, group.dtype))
+                outputs.add("reference", label, group.projection, rows, floats.widen(theirs, group.dtype))
             advance(bits.nbytes)
     found = []
     digests = {label: digest.hexdigest() for label, digest in its.items()}
+    labels = {digest: label for label, digest in reversed(digests.items())}
     for i, j, label in pairs:
         matched = Matched(
             group,
             label,
             own[label].hexdigest(),
             digests[label],
-            errors_of(np.nan_to_num(totals[label], nan=math.inf), worst[label]),
+            differences[label].errors(),
         )
         if matched.hash != matched.reference_hash:
             matched.diagnosis = _diagnose(
-                tested, reference, group, other, i, j, matched, digests, zero[label], first_bad.get(label)
+                tested, reference, group, other, i, j, matched, labels, zero[label], first_bad.get(label)
             )
         found.append(matched)
     return found
 
 
-def _diagnose(tested, reference, group, other, i, j, matched: Matched, digests: dict[str, str], zero: bool, bad) -> str:
-    """What a difference looks like."""
+def _diagnose(tested, reference, group, other, i, j, matched: Matched, labels: dict[str, str], zero: bool, bad) -> str:
+    """What a difference looks like. `labels`: {hash: the reference's expert that has it}."""
     if bad is not None:
         return f"NaN or infinity at [{bad[0]}, {bad[1]}]"
-    twin = next((label for label, digest in digests.items() if digest == matched.hash), None)
-    if twin is not None:
-        return f"holds the reference's expert {twin}"
+    if matched.hash in labels:
+        return f"holds the reference's expert {labels[matched.hash]}"
     if zero:
         return "is all zeros"
     if group.shape[0] == group.shape[1] and matched.errors["weight"] > 0.5:

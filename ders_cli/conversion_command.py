@@ -2,12 +2,18 @@
 
 import json
 import sys
+from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
 from .options import RunOptions
 from .report import human_bytes, print_table
+
+if TYPE_CHECKING:  # nothing heavy is imported until a command runs
+    from .convert import Conversion
+    from .output import Options
+    from .recipe import Recipe
 
 SCHEMA = 1
 UNLIKE = 0.5  # |delta| / |weight|: below 0.2 for experts of one ancestor, sqrt(1 - 1/E) for independent ones
@@ -15,38 +21,18 @@ UNLIKE = 0.5  # |delta| / |weight|: below 0.2 for experts of one ancestor, sqrt(
 
 def convert_command(
     command: str,
-    model: Path,
-    output: Path | None,
+    model: str,
+    output: str | None,
     fields: dict[str, Any],
     recipe_file: str | None,
     run: RunOptions,
 ) -> None:
-    """Plan and run one conversion. `fields`: the recipe's keys that flags gave; None means: not given."""
-    from . import convert
-    from .output import left_behind
-    from .recipe import load_recipe, make_recipe
-    from .source import open_source
+    """Plan and run one conversion, and print it. `fields`: the recipe's keys that flags gave; None means: not given."""
+    from .output import place_output
 
-    if fields.get("delta") == "":
-        raise UsageError("--delta: expected a codec such as int4, found an empty text")
-    given = {key: value for key, value in fields.items() if value is not None and value is not False}
-    recipe = load_recipe(recipe_file, given) if recipe_file else make_recipe(given)
-    name = Path(recipe_file).stem if recipe_file and "delta" not in given else recipe.delta
-    out = (output or model.absolute().with_name(f"{model.absolute().name}-ders-{name.replace(':', 'of')}")).resolve()
-    options = run.options()
-    with open_source(model, recipe.shared) as source:
-        conversion = convert.prepare(source, recipe, out, options)
-        document: dict[str, Any] = {"schema": SCHEMA, "command": command, "output": str(out), "dry_run": run.dry_run}
-        document["plan"] = conversion.totals()
-        if not run.dry_run:
-            manifest = convert.run(conversion)
-            document |= {"recipe": manifest["recipe"], "bytes": manifest["bytes"], "errors": _worst_errors(manifest)}
-            document["output_bytes"] = sum(path.stat().st_size for path in out.iterdir())
-            document["warnings"], document["left_behind"] = _warnings(manifest), left_behind(model)
-            for warning in document["warnings"]:
-                print(f"ders: warning: {warning}", file=sys.stderr)
-            if document["left_behind"]:
-                print(f"ders: note: not carried along: {', '.join(document['left_behind'])}", file=sys.stderr)
+    recipe, ending = choose_recipe(fields, recipe_file)
+    out, options = place_output(output, model, ending, run.options())
+    document = convert_model(command, model, out, options, recipe, run)
     if run.as_json:
         print(json.dumps(document, indent=1))
     elif run.dry_run:
@@ -54,7 +40,58 @@ def convert_command(
     elif not run.quiet:
         _print_summary(document)
     else:
-        print(out)
+        print(document["output"])
+
+
+def choose_recipe(fields: dict[str, Any], recipe_file: str | None) -> "tuple[Recipe, str]":
+    """The recipe that flags and file give, and what it adds to a model's name. Raises UsageError."""
+    from .recipe import load_recipe, make_recipe
+
+    if fields.get("delta") == "":
+        raise UsageError("--delta: expected a codec such as int4, found an empty text")
+    given = {key: value for key, value in fields.items() if value is not None and value is not False}
+    recipe = load_recipe(recipe_file, given) if recipe_file else make_recipe(given)
+    name = Path(recipe_file).stem if recipe_file and "delta" not in given else recipe.delta
+    return recipe, f"-ders-{name.replace(':', 'of')}"
+
+
+def convert_model(
+    command: str, model: str, out: Path, options: "Options", recipe: "Recipe", run: RunOptions
+) -> dict[str, Any]:
+    """Plan one conversion and, unless `run` is dry, run it; the document that --json prints."""
+    from . import convert
+    from .source import open_source
+
+    with open_source(model, recipe.shared, run.scratch) as source:
+        conversion = convert.prepare(source, recipe, out, options)
+        with closing(conversion.base) if conversion.base else nullcontext():
+            if run.dry_run:
+                return _planned(command, conversion)
+            document = finished(command, conversion, convert.run(conversion))
+    for warning in document["warnings"]:
+        print(f"ders: warning: {warning}", file=sys.stderr)
+    if document["left_behind"]:
+        print(f"ders: note: not carried along: {', '.join(document['left_behind'])}", file=sys.stderr)
+    return document
+
+
+def _planned(command: str, conversion: "Conversion", dry_run: bool = True) -> dict[str, Any]:
+    shown = conversion.options.target.shown(conversion.out)
+    return {"schema": SCHEMA, "command": command, "output": shown, "dry_run": dry_run, "plan": conversion.totals()}
+
+
+def finished(command: str, conversion: "Conversion", manifest: dict[str, Any]) -> dict[str, Any]:
+    """The document of a conversion whose output stands there; `manifest`: its ders.json."""
+    from .output import left_behind, output_bytes
+
+    return _planned(command, conversion, dry_run=False) | {
+        "recipe": manifest["recipe"],
+        "bytes": manifest["bytes"],
+        "errors": _worst_errors(manifest),
+        "output_bytes": output_bytes(conversion.out, conversion.options),
+        "warnings": _warnings(manifest),
+        "left_behind": left_behind(conversion.source.reader.folder),
+    }
 
 
 def _worst_errors(manifest: dict[str, Any]) -> dict[str, dict[str, float]]:

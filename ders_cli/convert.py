@@ -71,30 +71,31 @@ class Conversion:
 
 def prepare(source: Source, recipe: Recipe, out: Path, options: Options, base: Base | None = None) -> Conversion:
     """Everything that can be refused is refused here, before a byte is written. `base`: where the recipe doesn't say it."""
-    inputs = list(source.folders)
+    inputs, addresses = list(source.folders), [source.reader.address]
     if base is not None:
         recipe = recipe.model_copy(update={"base": base.label})
     elif isinstance(source, DersSource):
         if not source.lossless:
             raise UsageError(
-                f"{source.reader.folder}: its deltas are lossy already; convert the original model, or its `ders decompose`"
+                f"{source.reader.address}: its deltas are lossy already; convert the original model, or its `ders decompose`"
             )
         kept = source.manifest["recipe"]
         if recipe.base not in ("mean", kept["base"]) or recipe.shared > kept["shared"]:
             raise UsageError(
-                f"{source.reader.folder}: was decomposed with base {kept['base']}; --base and --shared go with the original model"
+                f"{source.reader.address}: was decomposed with base {kept['base']}; --base and --shared go with the original model"
             )
         recipe = recipe.model_copy(update={"base": kept["base"], "shared": kept["shared"]})
     else:
-        base = make_base(recipe.base)
-        inputs += [base.folder] if isinstance(base, DenseBase) else []
+        base = make_base(recipe.base, options.scratch)
+        if isinstance(base, DenseBase):
+            inputs, addresses = [*inputs, base.folder], [*addresses, base.address]
         recipe = recipe.model_copy(update={"base": base.label})
     quantised = source.reader.config.get("quantization_config")
     method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
     if method not in (None, "ders"):
-        raise UnsupportedError(f"{source.reader.folder}: quantised by {method!r}; dequantise it to bf16 first")
+        raise UnsupportedError(f"{source.reader.address}: quantised by {method!r}; dequantise it to bf16 first")
     plan = make_plan(source, recipe, base, options.max_shard_bytes)
-    refuse_occupied(out, options, *inputs)
+    refuse_occupied(out, options, *inputs, addresses=addresses)
     if options.max_memory is not None:
         options = replace(options, jobs=_jobs_within(plan, options))
     return Conversion(source, recipe, base, plan, out, options)
@@ -112,7 +113,7 @@ def _jobs_within(plan: Plan, options: Options) -> int:
 def run(conversion: Conversion) -> dict[str, Any]:
     """Write OUT; returns ders.json's content. On any error OUT does not come to be."""
     source, plan, options = conversion.source, conversion.plan, conversion.options
-    check_space(conversion.out, conversion.totals()["output_bytes"] - plan.stream_bound)
+    check_space(conversion.out, conversion.totals()["output_bytes"] - plan.stream_bound, options)
     codecs = json.dumps([unit.codec.config for unit in plan.units])  # a source may have a say in them
     folder = begin(
         conversion.out,
@@ -121,7 +122,8 @@ def run(conversion: Conversion) -> dict[str, Any]:
     )
     total = plan.expert_bytes + sum(spec.nbytes for spec in source.copied.values())
     with shown(f"writing {conversion.out.name}", total, options.quiet) as progress:
-        results = options.run_shards(partial(_shard, conversion, folder), len(plan.shards), progress)
+        job = partial(_shard, conversion, folder)
+        results = options.run_shards(job, len(plan.shards), folder, options.jobs, progress)
     for path in carry(source.reader.folder):
         copy_file(path, folder / path.name)
     manifest = describe(source, conversion.recipe, plan, results)
@@ -134,7 +136,7 @@ def run(conversion: Conversion) -> dict[str, Any]:
         }
         write_file(folder / INDEX, index_text(by_name, {"total_size": sum(result["bytes"] for result in results)}))
     write_file(folder / MANIFEST, manifest_text(manifest, planned_manifest_bytes(source, conversion.recipe, plan)))
-    publish(folder, conversion.out)
+    publish(folder, conversion.out, options)
     return manifest
 
 
@@ -158,14 +160,16 @@ def _shard(conversion: Conversion, folder: Path, number: int, progress: Progress
     """Write one shard, or take it as the last run left it; its result: {"hashes", "groups", "sizes", "bytes"}."""
     source, shard = conversion.source, conversion.plan.shards[number]
     record = folder / f"{OWN}{shard.file}.json"
-    if conversion.options.resume and record.exists() and (folder / shard.file).exists():
+    if conversion.options.resume and record.exists() and conversion.options.target.has(folder / shard.file):
         return json.loads(record.read_text())
     writer = ShardWriter(folder / shard.file, shard.fixed, shard.appended, slices=shard.slices)
     try:
-        spools = [folder / f"{OWN}{shard.file}.{number}.spool" for number in range(len(shard.units))]
+        spools = [writer.spool(number) for number in range(len(shard.units))]
         tasks = [([name], partial(_copy, source, writer, name, progress)) for name in shard.copied]
         for unit, spool in zip(shard.units, spools, strict=True):
-            convert = partial(convert_group, source, conversion.base, conversion.recipe.seed, unit, writer, spool, progress)
+            convert = partial(
+                convert_group, source, conversion.base, conversion.recipe.seed, unit, writer, spool, progress
+            )
             tasks.append((source.tensors_of(unit.group), convert))
         entries = _in_file_order(source, tasks, conversion.options.jobs)[len(shard.copied) :]
         for name in shard.guards:
@@ -178,6 +182,7 @@ def _shard(conversion: Conversion, folder: Path, number: int, progress: Progress
     except BaseException:
         writer.abandon()
         raise
+    conversion.options.target.put(folder / shard.file)
     write_file(record, json.dumps(result).encode())
     return result
 

@@ -4,7 +4,6 @@ This is where a conversion's time and memory go: the rows of all experts of one 
 fp32 copies of one expert's rows.
 """
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,14 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 from ders_kernels.counter_rng import make_key
-from ders_kernels.cpu_ops import floats, sums
+from ders_kernels.cpu_ops import floats
 
 from .base import MEAN_BYTES, Base, MeanBase
 from .checkpoint.tensor import TensorSpec
 from .checkpoint.writer import ShardWriter
 from .codecs.base import NonFiniteError, Parts
 from .describe import group_entry
+from .differences import Differences
 from .errors import CheckpointError
 from .layouts import ExpertGroup
 from .plan import Unit
@@ -40,7 +40,7 @@ def convert_group(
     together = codec.block_rows(group.shape)
     keys = [make_key(seed, group.name, label) for label, _ in group.members]
     came, restored = [blake3() for _ in keys], [blake3() for _ in keys]
-    totals, worst = np.zeros((experts, len(sums.NAMES))), np.zeros(experts, np.float32)
+    differences = [Differences() for _ in keys]
     stream = spool.open("wb") if codec.lossless else None
     for number, rows in enumerate(row_blocks(group.shape, together or _block_rows(group))):
         read = _held_reader(source, group, rows)
@@ -69,19 +69,20 @@ def convert_group(
                 if coded is None:
                     coded = codec.decode_expert(parts, base, group.dtype, keys[i], rows.start)
                 restored[i].update(coded.reshape(-1).view(np.uint8))
-                _add_differences(group, expert, coded, base, totals[i], worst[i : i + 1])
+                differences[i].add(expert, coded, base, group.dtype)
             progress.advance(expert.nbytes)
         del read, base
     source.done(group, range(experts))
     if stream is not None:
         stream.close()
         restored = came
-    if not np.isfinite(worst).all():
-        label = group.members[int(np.argmin(np.isfinite(worst)))][0]
-        raise CheckpointError(
-            f"{group.name}, expert {label}: coded by {codec.term} it passes the range of {group.dtype}; use exact"
-        )
-    return group_entry(unit, [h.hexdigest() for h in came], [h.hexdigest() for h in restored], totals, worst)
+    for (label, _), differing in zip(group.members, differences, strict=True):
+        if not differing.finite:
+            raise CheckpointError(
+                f"{group.name}, expert {label}: coded by {codec.term} it passes the range of {group.dtype}; use exact"
+            )
+    errors = [differing.errors() for differing in differences]
+    return group_entry(unit, [h.hexdigest() for h in came], [h.hexdigest() for h in restored], errors)
 
 
 def _block_rows(group: ExpertGroup) -> int:
@@ -123,19 +124,6 @@ def _write_parts(writer: ShardWriter, unit: Unit, member: int, rows: slice, part
         one = writer.tensors[name].nbytes // len(unit.group.members)
         skipped = 0 if part in unit.codec.whole else rows.start * (one // unit.group.shape[0])
         writer.write(name, member * one + skipped, data)
-
-
-def _add_differences(
-    group: ExpertGroup, expert: np.ndarray, coded: np.ndarray, base: np.ndarray, totals: np.ndarray, worst: np.ndarray
-) -> None:
-    """Add a block's sums [6] and keep its largest difference [1]."""
-    rows = np.empty((expert.shape[0], len(sums.NAMES)))
-    most = np.empty(expert.shape[0], np.float32)
-    sums.differences(*(floats.widen(bits, group.dtype) for bits in (expert, coded, base)), rows, most)
-    finite = np.isfinite(rows).all()
-    worst[0] = np.maximum(worst[0], most.max()) if finite else np.inf
-    if finite:
-        totals += [math.fsum(column) for column in rows.T]
 
 
 def _name_nonfinite(error: NonFiniteError, group: ExpertGroup, block: slice, read: ReadRows) -> CheckpointError:

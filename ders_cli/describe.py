@@ -4,21 +4,22 @@ docs/format.md has the fields. Built twice: once from placeholders, to know its 
 """
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from blake3 import blake3
-from ders_kernels.cpu_ops import sums
 
 from . import __version__
 from .checkpoint.manifest import FORMAT, planned_bytes
+from .checkpoint.reader import MAX_JSON_BYTES
 from .checkpoint.tensor import TensorSpec
+from .differences import Differences
+from .errors import UnsupportedError
 from .output import carry
 from .plan import Plan, ShardPlan, Unit
 from .recipe import Recipe
+from .report import human_bytes
 from .source import Source
 
 BLANK = "0" * 64
@@ -61,28 +62,33 @@ def describe(
 
 
 def planned_manifest_bytes(source: Source, recipe: Recipe, plan: Plan) -> int:
-    """The size that ders.json will have."""
+    """The size that ders.json will have. Raises UnsupportedError if that is more than ders reads."""
     results = [_placeholder(shard) for shard in plan.shards]
-    return planned_bytes(describe(source, recipe, plan, results, lambda path: BLANK))
+    widest = dict.fromkeys(Differences().errors(), WIDEST)
+    groups = (
+        group_entry(unit, blank, blank, [widest] * len(blank))
+        for shard in plan.shards
+        for unit in shard.units
+        for blank in [[BLANK] * len(unit.group.members)]
+    )
+    size = planned_bytes(describe(source, recipe, plan, results, lambda path: BLANK), groups)
+    if size > MAX_JSON_BYTES:
+        matrices = sum(len(unit.group.members) for unit in plan.units)
+        raise UnsupportedError(
+            f"{source.reader.address}: ders.json would take {human_bytes(size)} for {matrices} matrices of experts, and ders "
+            f"reads one of at most {human_bytes(MAX_JSON_BYTES)}; use fewer experts"
+        )
+    return size
 
 
 def _placeholder(shard: ShardPlan) -> dict[str, Any]:
-    """A shard's result in its widest form."""
-    groups = []
-    for unit in shard.units:
-        n = len(unit.group.members)
-        entry = group_entry(unit, [BLANK] * n, [BLANK] * n, np.ones((n, len(sums.NAMES))), np.ones(n))
-        for member in entry["members"]:
-            member["error"] = dict.fromkeys(member["error"], WIDEST)
-        groups.append(entry)
-    names = (*shard.fixed, *shard.appended)
-    hashes = {name: [BLANK] * shard.slices.get(name, 1) for name in names}
-    return {"hashes": hashes, "groups": groups, "bytes": MOST, "sizes": dict.fromkeys(shard.appended, MOST)}
+    """A shard's result in its widest form, without its groups."""
+    slices = shard.slices
+    hashes = {name: [BLANK] * slices.get(name, 1) for name in (*shard.fixed, *shard.appended)}
+    return {"hashes": hashes, "groups": [], "bytes": MOST, "sizes": dict.fromkeys(shard.appended, MOST)}
 
 
-def group_entry(
-    unit: Unit, came: list[str], restored: list[str], totals: np.ndarray, worst: np.ndarray
-) -> dict[str, Any]:
+def group_entry(unit: Unit, came: list[str], restored: list[str], errors: list[dict[str, float]]) -> dict[str, Any]:
     """One group: where its experts came from, their hashes, and what the codec changed."""
     group = unit.group
     members = [
@@ -91,11 +97,11 @@ def group_entry(
             "tensor": view.tensor,
             "offset": view.offset,
             "strides": [view.row_stride, view.column_stride],
-            "source_hash": came[i],
-            "restored_hash": restored[i],
-            "error": errors_of(totals[i], float(worst[i])),
+            "source_hash": source_hash,
+            "restored_hash": restored_hash,
+            "error": error,
         }
-        for i, (label, view) in enumerate(group.members)
+        for (label, view), source_hash, restored_hash, error in zip(group.members, came, restored, errors, strict=True)
     ]
     return {
         "name": group.name,
@@ -106,27 +112,6 @@ def group_entry(
         "codec": unit.codec.config,
         "members": members,
     }
-
-
-def errors_of(total: np.ndarray, worst: float) -> dict[str, float]:
-    """The sums of ders_kernels.cpu_ops.sums -> errors, to six digits.
-
-    weight, delta: |W' - W| relative to |W| and to |D|; max_abs; cosine of W' and W; kept: <D', D> / |D|^2, what is left
-    of the delta's size (1: all of it).
-    """
-    weight, delta, error, kept, cross, coded = (float(x) for x in total)
-
-    def ratio(a: float, b: float, empty: float) -> float:
-        return a / b if b > 0 else (empty if a == 0 else math.inf)
-
-    found = {
-        "weight": math.sqrt(ratio(error, weight, 0)),
-        "delta": math.sqrt(ratio(error, delta, 0)),
-        "max_abs": worst,
-        "cosine": ratio(cross, math.sqrt(weight * coded), 1),
-        "kept": ratio(kept, delta, 1),
-    }
-    return {name: float(f"{value:.5e}") for name, value in found.items()}
 
 
 def config_text(source: Source) -> bytes:

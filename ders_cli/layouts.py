@@ -32,7 +32,7 @@ PER_LAYER = (
 SUBCONFIGS = ("text_config", "llm_config", "language_config", "thinker_config", "talker_config")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MatrixView:
     """One [out, in] matrix inside a stored tensor.
 
@@ -82,7 +82,7 @@ class Layout:
     activation: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Found:
     """A tensor with the `projection` of expert `number`, or of all experts (None), and the form it is stored in."""
 

@@ -10,15 +10,41 @@ import typer
 
 from .errors import UsageError
 
-MODEL = Annotated[Path, typer.Argument(help="Folder of the MoE checkpoint.", show_default=False)]
-OUTPUT = Annotated[
-    Path | None, typer.Option("-o", "--output", help="Folder to write. Default: beside the input, named after it.")
+MODEL = Annotated[
+    str,
+    typer.Argument(
+        help="Folder of the MoE checkpoint, or its address: hf://org/model[@revision], s3://, gs://, https://.",
+        show_default=False,
+    ),
 ]
-BASE = Annotated[str | None, typer.Option("--base", help="mean (default), expert:N, or the folder of the dense model.")]
+OUTPUT = Annotated[
+    str | None,
+    typer.Option("-o", "--output", help="Folder, s3:// or gs:// to write. Default: beside the input, named after it."),
+]
+BASE = Annotated[
+    str | None, typer.Option("--base", help="mean (default), expert:N, or the dense model: a folder or an address.")
+]
+SCRATCH = Annotated[
+    Path | None,
+    typer.Option(
+        "--scratch",
+        help="Folder for what is fetched of a remote model, and for an upload. Default: the system's temporary one.",
+    ),
+]
 GROUP_SIZE = Annotated[int | None, typer.Option("--group-size", help="Inputs that share a scale. Default: 128.")]
 SEED = Annotated[int | None, typer.Option("--seed", help="Seed of every random choice. Default: 0.")]
 SHARED = Annotated[bool, typer.Option("--shared", help="Put the shared (universal) expert into the group too.")]
-JOBS = Annotated[int | None, typer.Option("-j", "--jobs", help="Threads. Default: one per core.", min=1, max=1024)]
+JOBS = Annotated[
+    int | None,
+    typer.Option(
+        "-j",
+        "--jobs",
+        help="Threads; with --engine ray of one output file's job. Default: one per core, with ray at most 8.",
+        min=1,
+        max=1024,
+    ),
+]
+RAY_JOBS = 8
 MAX_MEMORY = Annotated[
     str | None,
     typer.Option("--max-memory", help="Most memory to use above an idle process, such as 2GB; fewer threads run."),
@@ -28,6 +54,11 @@ DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="Print the plan with it
 OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace what stands at the output.")]
 RESUME = Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")]
 QUIET = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, no summary.")]
+ENGINE = Annotated[str, typer.Option("--engine", help="Where output files are made: local, or ray (a Ray cluster).")]
+ADDRESS = Annotated[
+    str | None,
+    typer.Option("--address", help="The Ray cluster: auto or HOST:PORT. Default: RAY_ADDRESS, or a Ray started here."),
+]
 JSON = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
@@ -43,18 +74,27 @@ class RunOptions:
     resume: bool
     quiet: bool
     as_json: bool
+    engine: str = "local"
+    address: str | None = None
+    scratch: Path | None = None
 
     def options(self) -> Any:
-        """As `output.Options`. Raises UsageError for a size that is none."""
+        """As `output.Options`. Raises UsageError for a size that is none, and for an engine that isn't there."""
+        from .engines import find_engine
         from .output import Options
 
+        run_shards = find_engine(self.engine, self.address, default_jobs(), self.jobs is not None)
+        # a node runs several of Ray's jobs at once
+        cores = min(RAY_JOBS, default_jobs()) if self.engine == "ray" else default_jobs()
         return Options(
-            self.jobs or default_jobs(),
+            self.jobs or cores,
             parse_bytes(self.max_shard_size, "--max-shard-size"),
             parse_bytes(self.max_memory, "--max-memory") if self.max_memory else None,
             self.overwrite,
             self.resume,
             self.quiet,
+            run_shards=run_shards,
+            scratch=self.scratch,
         )
 
 

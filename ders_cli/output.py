@@ -3,27 +3,26 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .checkpoint.manifest import MANIFEST, write_file
-from .checkpoint.reader import INDEX
+from .checkpoint.reader import INDEX, LEFT_BEHIND, NOT_READ
 from .checkpoint.writer import fsync_folder
 from .engines import local
 from .errors import DersError, UsageError
+from .remote.address import is_remote, local_path, name_of
+from .remote.target import Target, Upload, open_target
 from .report import Progress, human_bytes
 
-RunShards = Callable[[Callable[[int, Progress], Any], int, Progress], list[Any]]  # (job, count, progress) -> results
+# (job, count, OUT.partial, threads of a job, progress) -> results in order
+RunShards = Callable[[Callable[[int, Progress], Any], int, Path, int, Progress], list[Any]]
 
 # What a run keeps for itself in OUT.partial. Files whose names begin with a dot are never carried from a source.
 OWN = ".ders-"
 MARK = OWN + "plan.json"
-
-# Weights in forms that ders does not read; they are left behind, and everything else beside the shards is carried.
-NOT_READ = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-LEFT_BEHIND = (*NOT_READ, ".safetensors", ".index.json", ".partial")
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,8 @@ class Options:
     resume: bool = False
     quiet: bool = True
     run_shards: RunShards = local.run_shards  # the engine: where the jobs of output shards run
+    target: Target = Target()  # where finished files go
+    scratch: Path | None = None  # for what is fetched and what is to be sent; None: the system's temporary folder
 
 
 def carry(folder: Path) -> list[Path]:
@@ -61,8 +62,28 @@ def left_behind(folder: Path) -> list[str]:
     ]
 
 
-def check_space(out: Path, needed: int) -> None:
-    """Raise DersError if the disk has not `needed` bytes free."""
+def place_output(output: str | None, model: str | Path, ending: str, options: Options) -> tuple[Path, Options]:
+    """The folder to write, and the options with where it goes. No output given: beside the model, or here if that is remote."""
+    if output is not None and is_remote(output):
+        out, target = open_target(output, MARK, options.scratch)
+        return out, replace(options, target=target)
+    if output is not None:
+        return local_path(output).resolve(), options
+    beside = Path(name_of(model)) if is_remote(model) else local_path(model)
+    return beside.absolute().with_name(beside.absolute().name + ending).resolve(), options
+
+
+def output_bytes(out: Path, options: Options) -> int:
+    """Bytes of all files of a finished output."""
+    if isinstance(options.target, Upload):
+        return options.target.size()
+    return sum(path.stat().st_size for path in out.iterdir())
+
+
+def check_space(out: Path, needed: int, options: Options) -> None:
+    """Raise DersError if the disk has not `needed` bytes free. An upload holds a shard at a time, with its streams twice."""
+    if isinstance(options.target, Upload):
+        needed = min(needed, 2 * options.max_shard_bytes)
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -71,8 +92,10 @@ def check_space(out: Path, needed: int) -> None:
         raise DersError(f"{parent}: {human_bytes(needed)} needed, {human_bytes(free)} free")
 
 
-def refuse_occupied(out: Path, options: Options, *inputs: Path) -> None:
+def refuse_occupied(out: Path, options: Options, *inputs: Path, addresses: Iterable[str] = ()) -> None:
     """Raise UsageError if something stands where the output goes and may not be replaced; an input never may."""
+    if isinstance(options.target, Upload):
+        options.target.refuse_occupied(options.overwrite, options.resume, addresses)
     partial = partial_of(out)
     for path in (path.resolve() for path in inputs):
         for place in (out, partial):
@@ -93,9 +116,8 @@ def refuse_occupied(out: Path, options: Options, *inputs: Path) -> None:
         if partial.is_symlink() or not partial.is_dir() or _is_strange(partial):
             raise UsageError(f"{partial}: is no unfinished run of ders; remove it yourself, or -o names another place")
         if not options.resume and not options.overwrite:
-            raise UsageError(
-                f"{partial}: an unfinished run stands here; --resume continues it, --overwrite starts again"
-            )
+            where = partial if options.target.shown(out) == str(out) else options.target.shown(out)
+            raise UsageError(f"{where}: an unfinished run stands here; --resume continues it, --overwrite starts again")
 
 
 def _is_strange(partial: Path) -> bool:
@@ -111,16 +133,19 @@ def partial_of(out: Path) -> Path:
 def begin(out: Path, options: Options, fingerprint: dict[str, str]) -> Path:
     """An empty OUT.partial, or the one to resume if it was begun with the same fingerprint; else UsageError."""
     folder = partial_of(out)
+    options.target.make_room()
     if folder.exists() and options.resume:
         found = _mark(folder)
         differs = [key for key in fingerprint if found.get(key) != fingerprint[key]]
         if differs:
             raise UsageError(f"{folder}: was begun with another {' and '.join(differs)}; --overwrite starts again")
+        options.target.begin(folder / MARK, again=True)
         return folder
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     write_file(folder / MARK, json.dumps(fingerprint).encode())
+    options.target.begin(folder / MARK, again=False)
     return folder
 
 
@@ -140,9 +165,18 @@ def copy_file(path: Path, to: Path) -> None:
         os.fsync(file.fileno())
 
 
-def publish(folder: Path, out: Path) -> None:
-    """Remove what only the run needed and rename OUT.partial to OUT; an OUT that may be replaced goes first."""
-    for left in [*folder.glob(OWN + "*"), *folder.glob("*.partial")]:
+def publish(folder: Path, out: Path, options: Options) -> None:
+    """Remove what only the run needed and rename OUT.partial to OUT; an OUT that may be replaced goes first.
+
+    Where the output is sent elsewhere, the upload is finished and nothing stays here.
+    """
+    for left in folder.glob("*.partial"):
+        left.unlink(missing_ok=True)
+    if isinstance(options.target, Upload):
+        options.target.publish([path for path in sorted(folder.iterdir()) if not path.name.startswith(OWN)])
+        shutil.rmtree(out.parent)
+        return
+    for left in folder.glob(OWN + "*"):
         left.unlink(missing_ok=True)
     fsync_folder(folder)
     if out.exists():

@@ -5,6 +5,7 @@ that is not the one noted in ders.json stops the run.
 """
 
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from .checkpoint.tensor import TensorSpec
 from .checkpoint.writer import ShardWriter, header_text
 from .engines import local
 from .errors import CheckpointError
-from .layouts import ExpertGroup, MatrixView
+from .layouts import ExpertGroup
 from .output import Options, begin, carry, check_space, copy_file, publish
 from .report import Progress, shown
 from .source import DersSource, Source
 
-Held = dict[str, list[tuple[ExpertGroup, int, MatrixView]]]  # stored tensor -> the experts that it holds
+Held = dict[str, list[tuple[ExpertGroup, int]]]  # stored tensor -> the experts that it holds
+Piece = dict[str, tuple[ExpertGroup, list[int]]]  # group's name -> the group, and those of its experts that are meant
 
 
 def specs_of(entry: dict[str, Any]) -> dict[str, TensorSpec]:
@@ -47,20 +49,21 @@ def planned_plain(source: Source) -> dict[str, Any]:
 def write_plain(source: Source, out: Path, options: Options, fingerprint: dict[str, str], title: str) -> dict[str, Any]:
     """Write the folder; returns the bytes. The caller has checked that `out` may be written."""
     totals, form = planned_plain(source), source.form()
-    check_space(out, totals["output_bytes"])
+    check_space(out, totals["output_bytes"], options)
     folder = begin(out, options, fingerprint)
     held: Held = defaultdict(list)
     for group in source.groups:
         for member, (_, view) in enumerate(group.members):
-            held[view.tensor].append((group, member, view))
+            held[view.tensor].append((group, member))
     with shown(title, totals["output_bytes"], options.quiet) as progress:
-        options.run_shards(partial(_file, source, folder, held, options), len(form["files"]), progress)
+        job = partial(_file, source, folder, held, options)
+        options.run_shards(job, len(form["files"]), folder, options.jobs, progress)
     for path in carry(source.reader.folder):
         copy_file(path, folder / path.name)
     write_file(folder / "config.json", form["config"].encode())
     if (index := _index_bytes(form)) is not None:
         write_file(folder / INDEX, index)
-    publish(folder, out)
+    publish(folder, out, options)
     return totals
 
 
@@ -84,23 +87,34 @@ def _index_bytes(form: dict[str, Any]) -> bytes | None:
 
 
 def _file(source: Source, folder: Path, held: Held, options: Options, number: int, progress: Progress) -> None:
-    """One file of the original. The matrices of one tensor may interleave, so a tensor is one task."""
+    """One file of the original."""
     file, entry = list(source.form()["files"].items())[number]
-    if options.resume and (folder / file).exists():
+    if options.resume and options.target.has(folder / file):
         return
     writer = ShardWriter(folder / file, specs_of(entry), header=_header(entry))
     try:
-        tasks = [
-            partial(_experts, source, writer, held[name], progress)
-            if name in held
-            else partial(_copy, source, writer, name, progress)
-            for name in writer.tensors
-        ]
+        tasks = [partial(_copy, source, writer, name, progress) for name in writer.tensors if name not in held]
+        tasks += [partial(_experts, source, writer, piece, progress) for piece in _pieces(writer.tensors, held)]
         local.run(tasks, options.jobs)
         writer.close()
     except BaseException:
         writer.abandon()
         raise
+    options.target.put(folder / file)
+
+
+def _pieces(names: Iterable[str], held: Held) -> list[Piece]:
+    """The experts in some tensors, in tasks of whole groups. Matrices of one tensor may interleave: they are one task."""
+    pieces: dict[str, Piece] = {}  # group's name -> the piece that it is in
+    for experts in (held[name] for name in names if name in held):
+        touched = {id(piece): piece for group, _ in experts if (piece := pieces.get(group.name)) is not None}
+        whole: Piece = {}
+        for piece in touched.values():
+            whole |= piece
+        for group, member in experts:
+            whole.setdefault(group.name, (group, []))[1].append(member)
+        pieces |= dict.fromkeys(whole, whole)
+    return list({id(piece): piece for piece in pieces.values()}.values())
 
 
 def _copy(source: Source, writer: ShardWriter, name: str, progress: Progress) -> None:
@@ -115,21 +129,24 @@ def _copy(source: Source, writer: ShardWriter, name: str, progress: Progress) ->
         raise CheckpointError(f"{name}: its bytes do not have the hash in ders.json; the checkpoint is damaged")
 
 
-def _experts(
-    source: Source, writer: ShardWriter, held: list[tuple[ExpertGroup, int, MatrixView]], progress: Progress
-) -> None:
-    for group, member, view in held:
-        digest = blake3()
+def _experts(source: Source, writer: ShardWriter, piece: Piece, progress: Progress) -> None:
+    for group, members in piece.values():
+        digests = [blake3() for _ in members]
         for rows in source.blocks(group):
-            block = source.read(group, member, rows)
-            digest.update(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
-            writer.write_view(view.tensor, view.offset, (view.row_stride, view.column_stride), rows.start, block)
-            progress.advance(block.nbytes)
-        source.done(group, [member])
-        if not isinstance(source, DersSource):
-            continue
+            for member, digest, block in zip(members, digests, source.read_experts(group, members, rows), strict=True):
+                view = group.members[member][1]
+                digest.update(block.reshape(-1).view(np.uint8))
+                writer.write_view(view.tensor, view.offset, (view.row_stride, view.column_stride), rows.start, block)
+                progress.advance(block.nbytes)
+        source.done(group, members)
+        if isinstance(source, DersSource):
+            _check(source, group, members, digests)
+
+
+def _check(source: DersSource, group: ExpertGroup, members: list[int], digests: list[blake3]) -> None:
+    for member, digest in zip(members, digests, strict=True):
         if digest.hexdigest() != source.entry(group)["members"][member]["restored_hash"]:
             raise CheckpointError(
-                f"{view.tensor}: expert {group.members[member][0]} of {group.name} does not decode to what was stored; "
-                "the checkpoint is damaged (`ders verify` says where)"
+                f"{group.members[member][1].tensor}: expert {group.members[member][0]} of {group.name} does not decode to "
+                "what was stored; the checkpoint is damaged (`ders verify` says where)"
             )

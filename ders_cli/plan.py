@@ -5,6 +5,7 @@ the source was sharded. Only the stream of the `exact` codec has no size beforeh
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 
 from .base import Base
@@ -105,7 +106,7 @@ def make_plan(source: Source, recipe: Recipe, base: Base | None, max_shard_bytes
     shards = fill_shards([item for _, item in sorted(items, key=lambda pair: pair[0])], max_shard_bytes)
     names = [name for shard in shards for name in (*shard.fixed, *shard.appended)]
     if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, times in Counter(names).items() if times > 1)
         raise UnsupportedError(f"{twice}: the source has a tensor of the name that the DeRS format would give")
     expert_bytes = sum(TensorSpec(g.shape, g.dtype).nbytes * len(g.members) for g in source.groups)
     bound = sum(_stream_bound(unit) for unit in units)

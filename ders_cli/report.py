@@ -18,11 +18,15 @@ def human_bytes(count: float) -> str:
 class Progress:
     """Bytes done out of a total. Silent unless a subclass or `shown` draws it; safe to call from threads."""
 
+    drawn = False  # somebody looks
+
     def advance(self, count: int) -> None:
         """`count` more bytes are done."""
 
 
 class _Drawn(Progress):
+    drawn = True
+
     def __init__(self, bar: object, task: object):
         self._bar, self._task, self._lock, self._held, self._last = bar, task, Lock(), 0, 0.0
 

@@ -46,12 +46,12 @@ def check_places(source: DersSource) -> None:
 
 def restore(source: DersSource, out: Path, options: Options) -> dict[str, Any]:
     """Write the plain checkpoint; returns the bytes written. Raises CheckpointError where a hash does not match."""
-    refuse_occupied(out, options, source.reader.folder)
+    refuse_occupied(out, options, source.reader.folder, addresses=[source.reader.address])
     check_places(source)
     return write_plain(source, out, options, {"source": source.manifest["checksum"]}, f"restoring {out.name}")
 
 
-def require_ders(source: object, folder: Path) -> DersSource:
+def require_ders(source: object, folder: Path | str) -> DersSource:
     """The source as a DersSource. Raises UsageError if it is a plain checkpoint."""
     if not isinstance(source, DersSource):
         raise UsageError(f"{folder}: no ders.json; this is a plain checkpoint, there is nothing to restore")

@@ -36,7 +36,7 @@ def prepare_deltas(
 def prepare_full(source: UpcycledSource, out: Path, options: Options) -> dict[str, Any]:
     """Refuse what can be refused; the bytes of N copies of everything."""
     make_recipe({"delta": "none", "seed": source.seed})
-    refuse_occupied(out, options, *source.folders)
+    refuse_occupied(out, options, *source.folders, addresses=[source.reader.address])
     return planned_plain(source)
 
 

@@ -15,8 +15,8 @@ SCHEMA = 1
 
 
 def upcycle_command(
-    dense: Path,
-    output: Path | None,
+    dense: str,
+    output: str | None,
     experts: int | None,
     per_layer: str | None,
     rank: int | None,
@@ -38,7 +38,9 @@ def upcycle_command(
     from .blueprint import Upcycling
     from .codecs import parse_codec
     from .donors import is_adapter
-    from .output import left_behind
+    from .output import left_behind, output_bytes, place_output
+    from .remote.address import is_remote
+    from .remote.reader import open_reader
     from .upcycled import UpcycledSource
 
     term = _form(rank, sparse, full, delta, donors)
@@ -56,11 +58,18 @@ def upcycle_command(
     names = tuple(path.resolve().name for path in donors)
     how = Upcycling(count, top_k or min(2, count), layers, split, kind, prompts, noise, average, names, parts)
     start = parse_codec(term, 128) if rank or sparse is not None else None
-    name = f"{dense.absolute().name}-moe{per_layer or count}-{term.replace(':', 'of')}"
-    out = (output or dense.absolute().with_name(name)).resolve()
-    options = run.options()
-    with UpcycledSource(dense, how, donors, seed, options.max_shard_bytes, start, adapters) as source:
-        document: dict[str, Any] = {"schema": SCHEMA, "command": "upcycle", "output": str(out), "dry_run": run.dry_run}
+    if prompts and is_remote(dense):
+        raise UsageError(f"--router {router}: runs the dense model, so it has to be here; download {dense} first")
+    ending = f"-moe{per_layer or count}-{term.replace(':', 'of')}"
+    out, options = place_output(output, dense, ending, run.options())
+    reader = open_reader(dense, run.scratch)
+    with UpcycledSource(reader, how, donors, seed, options.max_shard_bytes, start, adapters) as source:
+        document: dict[str, Any] = {
+            "schema": SCHEMA,
+            "command": "upcycle",
+            "output": options.target.shown(out),
+            "dry_run": run.dry_run,
+        }
         document["model_type"] = source.config["model_type"]
         if full:
             conversion = None
@@ -77,13 +86,13 @@ def upcycle_command(
         document["router_agreement"] = None
         if not run.dry_run:
             if prompts:
-                source.fitted, document["router_agreement"] = _fit(dense, router, how.experts)
+                source.fitted, document["router_agreement"] = _fit(source.reader.folder, router, how.experts)
             if conversion:
                 document["bytes"] = convert.run(conversion)["bytes"]
             else:
                 upcycle.write_full(source, out, options)
-            document["output_bytes"] = sum(path.stat().st_size for path in out.iterdir())
-    document["left_behind"] = left_behind(dense)
+            document["output_bytes"] = output_bytes(out, options)
+        document["left_behind"] = left_behind(source.reader.folder)
     _print(document, run)
 
 

@@ -46,7 +46,7 @@ class UpcycledSource(Source):
 
     def __init__(
         self,
-        folder: Path,
+        dense: Path | CheckpointReader,
         how: Upcycling,
         donors: list[Path],
         seed: int,
@@ -57,7 +57,7 @@ class UpcycledSource(Source):
         self.how, self.seed, self.donors = how, seed, []
         self.fitted: dict[str, np.ndarray] | None = None
         self._start, self._as_adapters = start, as_adapters
-        self.reader = CheckpointReader(folder)
+        self.reader = dense if isinstance(dense, CheckpointReader) else CheckpointReader(dense)
         try:
             how.check()
             self.plan = draw_blueprint(self.reader, how)

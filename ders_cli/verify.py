@@ -66,7 +66,7 @@ def verify(
 ) -> Report:
     """Check `tested` by itself and, if given, against `reference`; by the kernels of a backend, if one is named."""
     through = _kernels(tested, backend, outputs) if backend else None
-    report = Report(str(tested.reader.folder), str(reference.reader.folder) if reference else None)
+    report = Report(tested.reader.address, reference.reader.address if reference else None)
     if through:
         report.kernels = {"backend": through.backend, "experts": [], "decoded": through.decoded}
     expert_bytes = sum(TensorSpec(g.shape, g.dtype).nbytes * len(g.members) for g in tested.groups)
@@ -182,7 +182,7 @@ def _cut(source: Source, like: Source) -> Iterator[ExpertGroup]:
             continue
         if isinstance(source, DersSource):
             raise UsageError(
-                f"{source.reader.folder}: has no slices where {like.reader.folder} has; `ders restore` one of them first"
+                f"{source.reader.address}: has no slices where {like.reader.address} has; `ders restore` one of them first"
             )
         left = dict(group.members)
         for part in theirs:

@@ -55,6 +55,14 @@ def test_every_row(tiny):
         assert row["of_limit"] == pytest.approx(row["gb_s"] / report["bandwidth_gb_s"], rel=2e-3)
 
 
+def test_kernels_is_what_bench_does(tiny):
+    plain, named = (
+        done("bench", *name, "--quick", "--backend", "reference", "--json").json for name in ((), ("kernels",))
+    )
+    assert [(row["op"], row["delta"]) for row in plain["rows"]] == [(row["op"], row["delta"]) for row in named["rows"]]
+    assert len(named["rows"]) == ROWS and named["command"] == plain["command"] == "bench"
+
+
 def test_bytes_and_operations_by_hand(tiny):
     rows = done("bench", "--quick", "--backend", "reference", "--json").json["rows"]
     by = {(row["op"], row["delta"], row["top_k"], row["experts"]): (row["bytes"], row["flops"]) for row in rows}

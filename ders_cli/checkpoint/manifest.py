@@ -8,7 +8,7 @@ layout, so the same expert has the same hash in any form of the checkpoint. `che
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,25 @@ def checksum(manifest: Mapping[str, Any]) -> str:
 def manifest_text(manifest: Mapping[str, Any], at_least: int = 0) -> bytes:
     """ders.json's bytes, padded with spaces to `at_least` bytes, so that a plan can state the size beforehand."""
     whole = dict(manifest) | {"checksum": checksum(manifest)}
-    text = json.dumps(whole, indent=1, sort_keys=True).encode()
-    return text + b" " * (at_least - len(text) - 1) + b"\n"
+    text = bytearray()
+    for piece in _indented(whole):
+        text += piece.encode()
+    return bytes(text + b" " * (at_least - len(text) - 1) + b"\n")
+
+
+def _indented(value: Any, depth: int = 0) -> Iterator[str]:
+    """json.dumps(value, indent=1, sort_keys=True) in pieces: at once it would hold every number and bracket as an object."""
+    if not value or depth == 2 or not isinstance(value, (dict, list)):
+        yield json.dumps(value, indent=1, sort_keys=True).replace("\n", "\n" + " " * depth)
+        return
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    for number, item in enumerate(sorted(value) if isinstance(value, dict) else value):
+        yield (",\n" if number else f"{opening}\n") + " " * (depth + 1)
+        if isinstance(value, dict):
+            yield f"{json.dumps(item)}: "
+            item = value[item]
+        yield from _indented(item, depth + 1)
+    yield "\n" + " " * depth + closing
 
 
 def planned_bytes(placeholder: Mapping[str, Any], groups: Iterable[Mapping[str, Any]]) -> int:
@@ -48,7 +65,8 @@ def planned_bytes(placeholder: Mapping[str, Any], groups: Iterable[Mapping[str, 
     """
     whole = dict(placeholder) | {"groups": [], "checksum": "0" * 64}
     sizes = [text_bytes(group, 2) for group in groups]
-    listed = sum(sizes) + 4 * len(sizes) + 1 if sizes else 0  # before each ",\n" and two spaces; "\n " in the end, no comma
+    # before each ",\n" and two spaces, no comma before the first; "\n " in the end
+    listed = sum(sizes) + 4 * len(sizes) + 1 if sizes else 0
     return -(-(text_bytes(whole) + listed + 1) // PAGE) * PAGE
 
 
@@ -73,7 +91,9 @@ def _indents(value: Any, depth: int) -> int:
     if not value or not isinstance(value, (dict, list, tuple)):
         return 0
     inner = value.values() if isinstance(value, dict) else value
-    return _added(value, depth) + sum(_indents(item, depth + 1) for item in inner if type(item) not in (str, int, float))
+    return _added(value, depth) + sum(
+        _indents(item, depth + 1) for item in inner if type(item) not in (str, int, float)
+    )
 
 
 def index_text(weight_map: Mapping[str, str], metadata: Mapping[str, Any]) -> bytes:

@@ -10,6 +10,7 @@ The file format (https://github.com/huggingface/safetensors, "Format"): u64 head
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,12 @@ INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
 MAX_JSON_BYTES = 256_000_000
 
+# Weights in forms that ders does not read; they are left behind, and everything else beside the shards is carried along.
+NOT_READ = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+LEFT_BEHIND = (*NOT_READ, ".safetensors", ".index.json", ".partial")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where a tensor's bytes stand: a file of the checkpoint and a byte position in it."""
 
@@ -47,8 +52,8 @@ class Header:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = dict(pairs)
     if len(keys) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} stands twice")
+        twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+        raise ValueError(f"key {twice!r} stands twice")
     return keys
 
 
@@ -147,10 +152,14 @@ def _listed_files(folder: Path) -> tuple[list[str], dict[str, str] | None, dict[
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX}: weight_map: expected names and files")
+    known: set[str] = set()
     for name, file in weight_map.items():
+        if isinstance(file, str) and file in known:
+            continue
         if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file or "\0" in file:
             raise CheckpointError(f"{folder / INDEX}: {name}: expected a file name in this folder, found {file!r:.80}")
-    files = sorted(set(weight_map.values()))
+        known.add(file)
+    files = sorted(known)
     if "model.safetensors" in loose and "model.safetensors" not in files:
         raise CheckpointError(
             f"{folder}: model.safetensors stands beside {INDEX}, which does not list it; "
@@ -164,6 +173,7 @@ class CheckpointReader:
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
+        self.address = str(self.folder)  # as the user knows it; of a remote checkpoint its URL
         if not self.folder.is_dir():
             raise UsageError(f"{folder}: no such folder")
         self.config: dict[str, Any] = read_json(self.folder / "config.json", "the model's configuration")
@@ -249,13 +259,8 @@ class CheckpointReader:
         return found
 
     def expect(self, name: str) -> None:
-        """The whole tensor will be read soon. Nothing to do for a local file; a remote one begins to fetch it."""
-
-    def expect_bytes(self, name: str, begin: int, size: int) -> None:
-        """These bytes of the tensor will be read next: the kernel may fetch them while others are worked on."""
-        if hasattr(os, "posix_fadvise"):
-            place = self.places[name]
-            os.posix_fadvise(self._handles[place.file], place.begin + begin, size, os.POSIX_FADV_WILLNEED)
+        """The tensor will be read soon. For a local file the kernel's own read-ahead is better than any advice; a remote one
+        is fetched."""
 
     def done(self, name: str) -> None:
         """The tensor, if it is one of this checkpoint, will not be read again. Where the checkpoint is larger than half
@@ -274,18 +279,6 @@ class CheckpointReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def expect_view(
-    reader: CheckpointReader, tensor: str, offset: int, strides: tuple[int, int], shape: tuple[int, int], rows: slice
-) -> None:
-    """`read_view` of these rows comes next. A transposed matrix is read in pieces all over it: nothing is foretold."""
-    start, stop, _ = rows.indices(shape[0])
-    if strides[1] == 1 and stop > start:
-        size = STORAGE[reader.tensors[tensor].dtype].itemsize
-        reader.expect_bytes(
-            tensor, (offset + start * strides[0]) * size, ((stop - start - 1) * strides[0] + shape[1]) * size
-        )
 
 
 def read_view(

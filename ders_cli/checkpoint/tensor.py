@@ -58,7 +58,7 @@ BITS: dict[str, int] = {
 FLOATS = ("BF16", "F16", "F32")  # the dtypes in which ders takes expert weights
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """Shape and safetensors dtype of one stored tensor."""
 

@@ -6,8 +6,10 @@ encoding go behind them, in order, when they are complete. The header goes last,
 final name is whole.
 """
 
+import glob
 import json
 import os
+import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -83,7 +85,11 @@ class ShardWriter:
 
         `slices`: hash every tensor, in so many equal slices of its bytes (1 where not given); None: no hashes are wanted.
         """
-        self.path, self._partial = path, path.with_name(path.name + ".partial")
+        # A name of its own: of two attempts at one file, both alive where a cluster took the first for dead, the later one
+        # takes away what the earlier one wrote, and the two never write into one file.
+        self.path, self._partial = path, path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+        for left in path.parent.glob(f"{glob.escape(path.name)}.????????.*partial"):
+            left.unlink(missing_ok=True)
         self.tensors, self._awaited = dict(fixed), list(appended)
         self._header = header
         self._data = 8 + (len(header) or reserved_header_bytes(fixed, self._awaited))
@@ -126,6 +132,10 @@ class ShardWriter:
                 span[::step] = data
                 data = span
             self.write(name, at * size, data)
+
+    def spool(self, number: int) -> Path:
+        """A file for what will be appended, of this attempt alone; the next attempt takes it away too."""
+        return self._partial.with_suffix(f".{number}.partial")
 
     def read_back(self, name: str, begin: int, out: np.ndarray) -> None:
         """Read what was written, to check it or to hash it."""

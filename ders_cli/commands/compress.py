@@ -6,10 +6,17 @@ import typer
 
 from .. import options as o
 from ..conversion_command import convert_command
+from ..errors import UsageError
 
 
 def compress(
-    model: o.MODEL,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Folder of the MoE checkpoint, or its address: hf://org/model[@revision], s3://, gs://, https://.",
+            show_default=False,
+        ),
+    ] = None,
     delta: Annotated[
         str | None,
         typer.Option(
@@ -22,6 +29,13 @@ def compress(
             "--recipe", help="A YAML file, or a published recipe: lossless, int4, onebit, subbit, paper-drop90."
         ),
     ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            "--batch",
+            help="Instead of MODEL: a text file with a model a line, or a glob in quotes, such as 'models/*'. -o is a folder.",
+        ),
+    ] = None,
     output: o.OUTPUT = None,
     base: o.BASE = None,
     group_size: o.GROUP_SIZE = None,
@@ -30,6 +44,9 @@ def compress(
     jobs: o.JOBS = None,
     max_memory: o.MAX_MEMORY = None,
     max_shard_size: o.SHARD_SIZE = "5GB",
+    engine: o.ENGINE = "local",
+    address: o.ADDRESS = None,
+    scratch: o.SCRATCH = None,
     dry_run: o.DRY_RUN = False,
     overwrite: o.OVERWRITE = False,
     resume: o.RESUME = False,
@@ -47,7 +64,15 @@ def compress(
         ders compress mixtral --delta drop0.9+int4 -o small --dry-run
 
         ders compress mixtral --recipe subbit
+
+        ders compress --batch 'models/*' --delta int4 -o small
     """
+    if (model is None) == (batch is None):
+        raise UsageError(
+            "expected MODEL, or --batch with a list of models"
+            if model is None
+            else f"--batch {batch} and MODEL {model}: expected one of the two; a glob goes in quotes"
+        )
     fields = {
         "delta": "int4" if delta is None and recipe is None else delta,
         "base": base,
@@ -55,8 +80,14 @@ def compress(
         "seed": seed,
         "shared": shared,
     }
-    run = o.RunOptions(jobs, max_memory, max_shard_size, dry_run, overwrite, resume, quiet, as_json)
-    convert_command("compress", model, output, fields, recipe, run)
+    run = o.RunOptions(
+        jobs, max_memory, max_shard_size, dry_run, overwrite, resume, quiet, as_json, engine, address, scratch
+    )
+    if batch is None:
+        return convert_command("compress", model, output, fields, recipe, run)
+    from ..batch import run_batch
+
+    raise typer.Exit(run_batch("compress", batch, output, fields, recipe, run))
 
 
 COMMAND = compress

@@ -12,6 +12,9 @@ def decompose(
     jobs: o.JOBS = None,
     max_memory: o.MAX_MEMORY = None,
     max_shard_size: o.SHARD_SIZE = "5GB",
+    engine: o.ENGINE = "local",
+    address: o.ADDRESS = None,
+    scratch: o.SCRATCH = None,
     dry_run: o.DRY_RUN = False,
     overwrite: o.OVERWRITE = False,
     resume: o.RESUME = False,
@@ -27,7 +30,9 @@ def decompose(
         ders decompose mixtral --base mistral-7b -o mixtral-exact
     """
     fields = {"delta": "exact", "base": base, "shared": shared}
-    run = o.RunOptions(jobs, max_memory, max_shard_size, dry_run, overwrite, resume, quiet, as_json)
+    run = o.RunOptions(
+        jobs, max_memory, max_shard_size, dry_run, overwrite, resume, quiet, as_json, engine, address, scratch
+    )
     convert_command("decompose", model, output, fields, None, run)
 
 

@@ -19,6 +19,9 @@ def quantize(
     jobs: o.JOBS = None,
     max_memory: o.MAX_MEMORY = None,
     max_shard_size: o.SHARD_SIZE = "5GB",
+    engine: o.ENGINE = "local",
+    address: o.ADDRESS = None,
+    scratch: o.SCRATCH = None,
     dry_run: o.DRY_RUN = False,
     overwrite: o.OVERWRITE = False,
     resume: o.RESUME = False,
@@ -34,7 +37,9 @@ def quantize(
         ders quantize mixtral --bits 1 --group-size 64 -o mixtral-1bit
     """
     fields = {"delta": f"int{bits}", "base": base, "group_size": group_size, "seed": seed, "shared": shared}
-    run = o.RunOptions(jobs, max_memory, max_shard_size, dry_run, overwrite, resume, quiet, as_json)
+    run = o.RunOptions(
+        jobs, max_memory, max_shard_size, dry_run, overwrite, resume, quiet, as_json, engine, address, scratch
+    )
     convert_command("quantize", model, output, fields, None, run)
 
 

@@ -11,6 +11,9 @@ def restore(
     model: o.MODEL,
     output: o.OUTPUT = None,
     jobs: o.JOBS = None,
+    engine: o.ENGINE = "local",
+    address: o.ADDRESS = None,
+    scratch: o.SCRATCH = None,
     dry_run: o.DRY_RUN = False,
     overwrite: o.OVERWRITE = False,
     resume: o.RESUME = False,
@@ -26,22 +29,23 @@ def restore(
         ders restore mixtral-ders-int4 -o mixtral-again
     """
     from .. import restore as action
-    from ..output import Options
+    from ..output import place_output
     from ..plain import planned_plain
     from ..source import open_source
 
-    out = (output or model.absolute().with_name(f"{model.absolute().name}-restored")).resolve()
-    options = Options(jobs or o.default_jobs(), overwrite=overwrite, resume=resume, quiet=quiet)
-    with open_source(model) as source:
+    run = o.RunOptions(jobs, None, "5GB", dry_run, overwrite, resume, quiet, as_json, engine, address, scratch)
+    out, options = place_output(output, model, "-restored", run.options())
+    shown = options.target.shown(out)
+    with open_source(model, scratch=scratch) as source:
         ders = action.require_ders(source, model)
         plan = planned_plain(ders) if dry_run else action.restore(ders, out, options)
-    document = {"schema": SCHEMA, "command": "restore", "output": str(out), "dry_run": dry_run, "plan": plan}
+    document = {"schema": SCHEMA, "command": "restore", "output": shown, "dry_run": dry_run, "plan": plan}
     if as_json:
         print(json.dumps(document, indent=1))
     elif dry_run:
-        print(f"would write {out}: {plan['output_bytes']:,} bytes in {plan['shards']} weight file(s)")
+        print(f"would write {shown}: {plan['output_bytes']:,} bytes in {plan['shards']} weight file(s)")
     else:
-        print(out)
+        print(shown)
 
 
 COMMAND = restore

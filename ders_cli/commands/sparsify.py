@@ -26,6 +26,9 @@ def sparsify(
     jobs: o.JOBS = None,
     max_memory: o.MAX_MEMORY = None,
     max_shard_size: o.SHARD_SIZE = "5GB",
+    engine: o.ENGINE = "local",
+    address: o.ADDRESS = None,
+    scratch: o.SCRATCH = None,
     dry_run: o.DRY_RUN = False,
     overwrite: o.OVERWRITE = False,
     resume: o.RESUME = False,
@@ -43,7 +46,9 @@ def sparsify(
         ders sparsify mixtral --method 2:4
     """
     fields = {"delta": _delta(method, drop), "base": base, "seed": seed, "shared": shared}
-    run = o.RunOptions(jobs, max_memory, max_shard_size, dry_run, overwrite, resume, quiet, as_json)
+    run = o.RunOptions(
+        jobs, max_memory, max_shard_size, dry_run, overwrite, resume, quiet, as_json, engine, address, scratch
+    )
     convert_command("sparsify", model, output, fields, None, run)
 
 

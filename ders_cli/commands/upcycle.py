@@ -8,7 +8,10 @@ import typer
 from .. import options as o
 from ..upcycle_command import upcycle_command
 
-DENSE = Annotated[Path, typer.Argument(help="Folder of the dense checkpoint.", show_default=False)]
+DENSE = Annotated[
+    str,
+    typer.Argument(help="Folder of the dense checkpoint, or its address: hf://, s3://, https://.", show_default=False),
+]
 
 
 def upcycle(
@@ -63,6 +66,9 @@ def upcycle(
     jobs: o.JOBS = None,
     max_memory: o.MAX_MEMORY = None,
     max_shard_size: o.SHARD_SIZE = "5GB",
+    engine: o.ENGINE = "local",
+    address: o.ADDRESS = None,
+    scratch: o.SCRATCH = None,
     dry_run: o.DRY_RUN = False,
     overwrite: o.OVERWRITE = False,
     resume: o.RESUME = False,
@@ -99,7 +105,9 @@ def upcycle(
         average_others,
         group_size,
         seed or 0,
-        o.RunOptions(jobs, max_memory, max_shard_size, dry_run, overwrite, resume, quiet, as_json),
+        o.RunOptions(
+            jobs, max_memory, max_shard_size, dry_run, overwrite, resume, quiet, as_json, engine, address, scratch
+        ),
     )
 
 

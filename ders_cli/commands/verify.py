@@ -1,6 +1,7 @@
 """ders verify"""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -14,10 +15,10 @@ from ..errors import DersError, UsageError
 def verify(
     model: o.MODEL,
     reference: Annotated[
-        Path | None, typer.Argument(help="Checkpoint to compare with; the same as --against.", show_default=False)
+        str | None, typer.Argument(help="Checkpoint to compare with; the same as --against.", show_default=False)
     ] = None,
     against: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--against", help="Checkpoint to compare with: the original, or any MoE of the same model."),
     ] = None,
     max_error: Annotated[
@@ -42,6 +43,7 @@ def verify(
     shared: o.SHARED = False,
     seed: o.SEED = None,
     jobs: o.JOBS = None,
+    scratch: o.SCRATCH = None,
     junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML here.")] = None,
     quiet: o.QUIET = False,
     as_json: o.JSON = False,
@@ -71,8 +73,11 @@ def verify(
     if bounds.given and reference is None:
         raise UsageError("bounds are on the difference from a reference; give it by --against")
     try:
-        with open_source(model, shared) as tested, choices_shown(quiet):
-            other = open_source(reference, shared or tested.shared) if reference else None
+        with (
+            open_source(model, shared, scratch) as tested,
+            open_source(reference, shared or tested.shared, scratch) if reference else nullcontext() as other,
+            choices_shown(quiet),
+        ):
             report = action.verify(
                 tested, other, bounds, hidden, output, tokens, seed or 0, jobs or o.default_jobs(), quiet, backend
             )

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
@@ -13,14 +14,14 @@ from ..report import Progress
 Result = TypeVar("Result")
 
 
-def run_shards(job: Callable[[int, Progress], Result], count: int, progress: Progress) -> list[Result]:
+def run_shards(
+    job: Callable[[int, Progress], Result], count: int, folder: Path, threads: int, progress: Progress
+) -> list[Result]:
     """job(0, progress) ... job(count - 1, progress), one after another; each shares its own work among threads (`run`)."""
     return [job(number, progress) for number in range(count)]
 
 
-def run(
-    tasks: Sequence[Callable[[], Result]], jobs: int, ahead: Callable[[int], None] | None = None
-) -> list[Result]:
+def run(tasks: Sequence[Callable[[], Result]], jobs: int, ahead: Callable[[int], None] | None = None) -> list[Result]:
     """Run every task, `jobs` at a time; results in the tasks' order. The first error stops the rest and is raised.
 
     `ahead(i)` is called when task i is `jobs` tasks off: what it reads may be fetched meanwhile.

@@ -2,13 +2,12 @@
 
     python docs/measure/memory.py SCRATCH --gigabytes 1 --gigabytes 8 --delta int4
 
-Makes Mixtral-shaped checkpoints of random bf16 weights (8 experts, hidden 2048, inner 5632: 554 MB a layer) in
+Makes Mixtral-shaped checkpoints (ders_cli/bench_model.py: 8 experts, hidden 2048, inner 5632: 554 MB a layer) in
 SCRATCH, runs `ders compress`, `ders restore` and `ders verify` on them and samples RssAnon of /proc/PID/status every
 10 ms. Idle is the same process at its first sample after its imports: measured by `ders compress --dry-run`.
 """
 
 import argparse
-import json
 import re
 import shutil
 import subprocess
@@ -16,45 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
-from ders_cli.checkpoint.tensor import TensorSpec
-from ders_cli.checkpoint.writer import ShardWriter
-
-HIDDEN, INNER, EXPERTS = 2048, 5632, 8
-LAYER_BYTES = 3 * HIDDEN * INNER * EXPERTS * 2
-
-
-def make(folder: Path, gigabytes: float) -> int:
-    """A MoE of about so many bytes; returns its layers. Experts are one base plus small steps of the last bits."""
-    layers = max(1, round(gigabytes * 1e9 / LAYER_BYTES))
-    folder.mkdir(parents=True)
-    random = np.random.default_rng(0)
-    specs = {}
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}.block_sparse_moe"
-        specs[f"{prefix}.gate.weight"] = TensorSpec((EXPERTS, HIDDEN), "BF16")
-        for expert in range(EXPERTS):
-            for name, shape in (("w1", (INNER, HIDDEN)), ("w2", (HIDDEN, INNER)), ("w3", (INNER, HIDDEN))):
-                specs[f"{prefix}.experts.{expert}.{name}.weight"] = TensorSpec(shape, "BF16")
-    writer = ShardWriter(folder / "model.safetensors", specs)
-    normal = random.standard_normal(HIDDEN * INNER, np.float32) * np.float32(0.02)
-    base = (normal + np.copysign(np.float32(1e-4), normal)).view(np.uint32) >> 16  # away from 0: its last bits can move
-    for name, spec in specs.items():
-        step = random.integers(-2, 3, spec.size, np.int8)
-        writer.write(name, 0, (base[: spec.size].astype(np.int32) + step).astype(np.uint16))
-    writer.close()
-    config = {
-        "model_type": "mixtral",
-        "architectures": ["MixtralForCausalLM"],
-        "hidden_act": "silu",
-        "num_local_experts": EXPERTS,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_hidden_layers": layers,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return layers
+from ders_cli.bench_model import Shape, make_model
 
 
 def run(*arguments: str) -> tuple[float, float, float]:
@@ -87,9 +48,9 @@ def main() -> None:
     args = parser.parse_args()
     for gigabytes in args.gigabytes:
         model, packed, plain = (args.scratch / f"{kind}-{gigabytes:g}" for kind in ("model", "packed", "plain"))
-        layers = make(model, gigabytes)
+        layers = make_model(model, gigabytes)
         idle, *_ = run("compress", str(model), "-o", str(packed), "--dry-run")
-        size = layers * LAYER_BYTES / 1e9
+        size = layers * Shape().layer_bytes / 1e9
         for delta in args.delta:
             for name, command in {
                 "compress": ("compress", str(model), "--delta", delta, "-o", str(packed), "-q", "--overwrite"),

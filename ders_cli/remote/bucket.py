@@ -1,0 +1,215 @@
+"""A folder in a bucket (Amazon S3 and what speaks its language, Google Cloud Storage), through fsspec."""
+
+import asyncio
+import posixpath
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import DersError
+from . import store
+from .store import Entry, Passing, Store, changed
+
+PIECE = 16 << 20  # of an upload; S3 takes at most 10,000, so it grows with the file
+AT_ONCE = 4  # pieces of one upload in memory and on the way
+
+Result = TypeVar("Result")
+
+
+class BucketStore(Store):
+    """What both kinds have in common: fsspec's listing, and its errors as ours."""
+
+    scheme: str
+
+    def __init__(self, address: str, path: str):
+        self.address, self._path = address, path.strip("/")
+        self.name = posixpath.basename(self._path)
+        self._opened: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_opened": None}
+
+    def open(self) -> Any:
+        """The file system, without fsspec's caches of file systems and listings."""
+        raise NotImplementedError
+
+    @property
+    def _fs(self) -> Any:
+        if self._opened is None:
+            self._opened = self.open()
+        return self._opened
+
+    def key(self, name: str) -> str:
+        """bucket/prefix/name"""
+        return f"{self._path}/{name}"
+
+    def entry(self, info: dict[str, Any]) -> Entry:
+        """A file by fsspec's listing of it."""
+        raise NotImplementedError
+
+    def listing(self) -> dict[str, Entry | None]:
+        try:
+            infos = self._try("", lambda: self._fs.ls(self._path, detail=True, refresh=True))
+        except FileNotFoundError:
+            return {}
+        found: dict[str, Entry | None] = {}
+        for info in infos:
+            name = info["name"].rstrip("/").removeprefix(self._path + "/")
+            if name != info["name"].rstrip("/") and "/" not in name:  # else the folder's own placeholder
+                found[name] = None if info["type"] == "directory" else self.entry(info)
+        return found
+
+    def put(self, path: Path, name: str) -> None:
+        try:
+            self._try(name, lambda: self._send(str(path), self.key(name)))
+            size = self._try(name, lambda: self._fs.info(self.key(name), refresh=True)["size"])
+        except FileNotFoundError as error:
+            raise DersError(f"{self.where(name)}: {_line(error)}; expected a bucket that is there") from None
+        if size != path.stat().st_size:
+            raise Passing(f"{path.stat().st_size} bytes sent, {size} stand there")
+
+    def _send(self, path: str, key: str) -> None:
+        raise NotImplementedError
+
+    def remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            try:
+                self._try(name, lambda name=name: self._fs.rm_file(self.key(name)))
+            except FileNotFoundError:
+                pass
+
+    def _try(self, name: str, action: Callable[[], Result]) -> Result:
+        """action(); what fsspec raises, as Passing or as DersError. FileNotFoundError stays one."""
+        import aiohttp
+
+        where = self.where(name) if name else self.address
+        try:
+            return action()
+        except FileNotFoundError:
+            raise
+        except (PermissionError, *self.no_key()) as error:
+            raise DersError(f"{where}: {_line(error)}; expected credentials for it (docs/remote.md)") from None
+        except (OSError, aiohttp.ClientError, asyncio.TimeoutError, *self.failures()) as error:
+            raise Passing(_line(error)) from None
+
+    def no_key(self) -> tuple[type[Exception], ...]:
+        """Raised for missing credentials."""
+        return ()
+
+    def failures(self) -> tuple[type[Exception], ...]:
+        """Raised beside OSError for what may pass."""
+        return ()
+
+
+class S3Store(BucketStore):
+    """s3://: every read asks for the ETag that the listing gave (If-Match), so other bytes never come."""
+
+    def open(self) -> Any:
+        import s3fs
+
+        settings = {"connect_timeout": store.STALL, "read_timeout": store.STALL}
+        settings["retries"] = {"total_max_attempts": 1, "mode": "standard"}  # `patiently` tries again
+        fs = s3fs.S3FileSystem(config_kwargs=settings, use_listings_cache=False, skip_instance_cache=True)
+        fs.retries = 1
+        return fs
+
+    def entry(self, info: dict[str, Any]) -> Entry:
+        return Entry(info["size"], info["ETag"])
+
+    def get(self, name: str, begin: int, end: int, entry: Entry) -> bytes:
+        from fsspec.asyn import sync
+
+        async def read(stream: Any) -> bytes:
+            try:
+                return await asyncio.wait_for(stream.read(), store.SLOWEST)
+            finally:
+                stream.close()  # else a broken body keeps its connection, and ten of them are all that there are
+
+        def body() -> bytes:
+            bucket, key, _ = self._fs.split_path(self.key(name))
+            span = f"bytes={begin}-{end - 1}"
+            answer = self._fs.call_s3("get_object", Bucket=bucket, Key=key, Range=span, IfMatch=entry.mark)
+            return sync(self._fs.loop, read, answer["Body"])
+
+        try:
+            return self._try(name, body)
+        except FileNotFoundError:
+            raise changed(self.where(name), entry.mark, "nothing") from None
+
+    def _try(self, name: str, action: Callable[[], Result]) -> Result:
+        def once() -> Result:
+            try:
+                return action()
+            except OSError as error:
+                if _code(error) in ("PreconditionFailed", "412", "InvalidRange", "416"):
+                    raise changed(self.where(name), "one ETag", "another") from None
+                if _code(error) in ("301", "307", "400", "InvalidArgument", "AuthorizationHeaderMalformed"):
+                    raise DersError(f"{self.where(name)}: {_line(error)}; is the region right?") from None
+                raise
+
+        return super()._try(name, once)
+
+    def no_key(self) -> tuple[type[Exception], ...]:
+        from botocore import exceptions
+
+        return (exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.ProfileNotFound)
+
+    def failures(self) -> tuple[type[Exception], ...]:
+        from botocore.exceptions import BotoCoreError
+
+        return (BotoCoreError,)
+
+    def _send(self, path: str, key: str) -> None:
+        piece = max(PIECE, -(-Path(path).stat().st_size // 9_999))
+        self._fs.put_file(path, key, chunksize=piece, max_concurrency=AT_ONCE)  # aborts its parts if one fails
+
+    def abort_unfinished(self) -> None:
+        bucket, prefix, _ = self._fs.split_path(self.key(""))
+        try:
+            found = self._try("", lambda: self._fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix))
+            for one in found.get("Uploads", ()):
+                where = {"Bucket": bucket, "Key": one["Key"], "UploadId": one["UploadId"]}
+                self._try("", lambda where=where: self._fs.call_s3("abort_multipart_upload", **where))
+        except (FileNotFoundError, DersError, Passing):
+            pass  # not allowed to: a rule of the bucket may do it (docs/remote.md)
+
+
+class GoogleStore(BucketStore):
+    """gs://: every read names the generation that the listing gave."""
+
+    def open(self) -> Any:
+        import gcsfs
+
+        return gcsfs.GCSFileSystem(use_listings_cache=False, skip_instance_cache=True)
+
+    def entry(self, info: dict[str, Any]) -> Entry:
+        return Entry(info["size"], str(info["generation"]))
+
+    def get(self, name: str, begin: int, end: int, entry: Entry) -> bytes:
+        key = self.key(name)
+        try:
+            return self._try(name, lambda: self._fs.cat_file(key, begin, end, generation=entry.mark))
+        except FileNotFoundError:
+            raise changed(self.where(name), f"generation {entry.mark}", "another") from None
+
+    def no_key(self) -> tuple[type[Exception], ...]:
+        from google.auth.exceptions import GoogleAuthError
+
+        return (GoogleAuthError,)
+
+    def failures(self) -> tuple[type[Exception], ...]:
+        from gcsfs.retry import HttpError
+
+        return (HttpError,)
+
+    def _send(self, path: str, key: str) -> None:
+        self._fs.put_file(path, key, chunksize=PIECE)
+
+
+def _code(error: OSError) -> str:
+    """S3's own name for an error."""
+    return (getattr(error.__cause__, "response", None) or {}).get("Error", {}).get("Code", "")
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from blake3 import blake3
 
+from .disk import allocate
 from .tensor import TensorSpec
 
 LARGEST_BYTES = 10**15  # what a number in a header may grow to: the header's space is reserved for it
@@ -100,7 +101,11 @@ class ShardWriter:
         counts = {} if slices is None else {name: slices.get(name, 1) for name in self.tensors}
         self._hashes = {name: RunningHash(fixed[name].nbytes, count) for name, count in counts.items()}
         self._handle = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        os.ftruncate(self._handle, position)
+        try:
+            allocate(self._handle, position)
+        except OSError as error:
+            os.close(self._handle)
+            raise OSError(error.errno, error.strerror, str(self._partial)) from None
 
     def write(self, name: str, begin: int, data: np.ndarray) -> None:
         """Write contiguous data at byte `begin` of a fixed tensor."""

@@ -114,6 +114,10 @@ def without_disk(held: Held, out: Path) -> Iterator[None]:
     def synced(descriptor: int) -> None:
         """Nothing to keep."""
 
+    def allocated(descriptor: int, begin: int, size: int) -> None:
+        if descriptor not in outputs:
+            real["posix_fallocate"](descriptor, begin, size)
+
     def advised(descriptor: int, *args: int) -> None:
         if descriptor not in inputs:
             real["posix_fadvise"](descriptor, *args)
@@ -123,7 +127,7 @@ def without_disk(held: Held, out: Path) -> Iterator[None]:
             return io.BufferedWriter(_Thrown(path, "w"))
         return plain_open(path, mode, *args, **kwargs)
 
-    hooks = dict(zip(_CALLS, (opened, closed, read, write, synced, advised), strict=True))
+    hooks = dict(zip(_CALLS, (opened, closed, read, write, synced, allocated, advised), strict=True))
     with ExitStack() as stack:
         for name in real:
             stack.enter_context(patch.object(os, name, hooks[name]))
@@ -132,4 +136,4 @@ def without_disk(held: Held, out: Path) -> Iterator[None]:
         yield
 
 
-_CALLS = ("open", "close", "preadv", "pwrite", "fsync", "posix_fadvise")
+_CALLS = ("open", "close", "preadv", "pwrite", "fsync", "posix_fallocate", "posix_fadvise")

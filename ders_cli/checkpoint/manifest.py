@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .manifest_schema import check_manifest
 from .reader import read_json
 
 MANIFEST = "ders.json"
@@ -119,6 +118,8 @@ def is_ders(folder: Path) -> bool:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """ders.json, its checksum and format version checked. Raises CheckpointError."""
+    from .manifest_schema import check_manifest  # it takes pydantic, which writing does not
+
     manifest = read_json(folder / MANIFEST, "the DeRS manifest")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(

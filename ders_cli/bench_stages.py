@@ -15,7 +15,6 @@ An exact conversion neither decodes nor sums: its decode is what a restore pays.
 their sum; that is what it is for.
 """
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,13 +24,13 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 from ders_kernels.counter_rng import make_key
-from ders_kernels.cpu_ops import floats, sums
 from threadpoolctl import threadpool_limits
 
 from .base import mean
 from .checkpoint.tensor import TensorSpec
 from .checkpoint.writer import ShardWriter
 from .codecs import DeltaCodec
+from .differences import Differences
 from .layouts import ExpertGroup
 from .recipe import Recipe
 from .source import BLOCK_WEIGHTS, Source, row_blocks
@@ -81,7 +80,7 @@ def _group(source: Source, group: ExpertGroup, codec: DeltaCodec, seed: int, pat
                 clock("hash", _hash, expert)
                 if not codec.lossless:
                     clock("hash", _hash, decoded)
-                    clock("sums", _sums, expert, decoded, base, group.dtype)
+                    clock("sums", Differences().add, expert, decoded, base, group.dtype)
             for data in written:
                 clock("hash", _hash, data)
                 clock("write", writer.write, "bytes", at, data)
@@ -103,10 +102,3 @@ def _mean(experts: list[np.ndarray], group: ExpertGroup) -> np.ndarray:
 
 def _hash(data: np.ndarray) -> None:
     blake3(np.ascontiguousarray(data).reshape(-1).view(np.uint8)).digest()
-
-
-def _sums(expert: np.ndarray, decoded: np.ndarray, base: np.ndarray, dtype: str) -> None:
-    rows, most = np.empty((len(expert), len(sums.NAMES))), np.empty(len(expert), np.float32)
-    sums.differences(*(floats.widen(bits, dtype) for bits in (expert, decoded, base)), rows, most)
-    for column in rows.T:
-        math.fsum(column)

@@ -97,11 +97,11 @@ def _held_reader(source: Source, group: ExpertGroup, block: slice) -> ReadRows:
     held: dict[int, np.ndarray] = {}
 
     def read(i: int, rows: slice) -> np.ndarray:
-        if rows != block or not fits:
+        if not fits:
             return source.read(group, i, rows)
         if i not in held:
-            held[i] = source.read(group, i, rows)
-        return held[i]
+            held[i] = source.read(group, i, block)
+        return held[i][rows.start - block.start : rows.stop - block.start]
 
     return read
 

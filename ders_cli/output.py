@@ -63,7 +63,7 @@ def left_behind(folder: Path) -> list[str]:
 
 
 def place_output(output: str | None, model: str | Path, ending: str, options: Options) -> tuple[Path, Options]:
-    """The folder to write, and the options with where it goes. No output given: beside the model, or here if that is remote."""
+    """The folder to write, and the options with where it goes. None: beside the model, or here if that is remote."""
     if output is not None and is_remote(output):
         out, target = open_target(output, MARK, options.scratch)
         return out, replace(options, target=target)
@@ -81,7 +81,7 @@ def output_bytes(out: Path, options: Options) -> int:
 
 
 def check_space(out: Path, needed: int, options: Options) -> None:
-    """Raise DersError if the disk has not `needed` bytes free. An upload holds a shard at a time, with its streams twice."""
+    """Raise DersError if the disk has not `needed` bytes free. An upload holds one shard, its streams twice."""
     if isinstance(options.target, Upload):
         needed = min(needed, 2 * options.max_shard_bytes)
     parent = out.absolute().parent

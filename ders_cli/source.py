@@ -307,6 +307,6 @@ def _groups_of(manifest: dict[str, Any]) -> tuple[tuple[ExpertGroup, ...], dict[
 
 
 def open_source(location: str | Path, shared: bool = False, scratch: Path | None = None) -> Source:
-    """A DeRS checkpoint if ders.json is there, otherwise a plain MoE. `scratch`: for what is fetched of a remote one."""
+    """A DeRS checkpoint if ders.json is there, otherwise a plain MoE. `scratch`: for what is fetched of it."""
     reader = open_reader(location, scratch)
     return DersSource(reader) if is_ders(reader.folder) else PlainSource(reader, shared)

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import quote, unquote, urlsplit
+from typing import Any
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 
 @dataclass
@@ -165,7 +166,7 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serve(handler: type[_Handler], web: Web) -> Iterator[Web]:
+def serve(handler: type[BaseHTTPRequestHandler], web: Any) -> Iterator[Any]:
     server = _Server(("127.0.0.1", 0), type("Handler", (handler,), {"web": web}))
     web.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
@@ -229,6 +230,91 @@ def hub_server(root: Path) -> "contextmanager[Iterator[Web]]":
     return serve(_Hub, Web(root))
 
 
+class _Google(BaseHTTPRequestHandler):
+    """The part of Google Cloud Storage's JSON API that gcsfs uses for small files: one bucket, in memory."""
+
+    protocol_version = "HTTP/1.1"
+    web: "Google"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _answer(self, status: int, body: object = b"", **headers: str) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _asked(self) -> tuple[str, str, dict[str, list[str]]]:
+        """(kind, object, parameters)"""
+        parts = urlsplit(self.path)
+        match = re.fullmatch(r"/(download|storage|upload)(?:/storage)?/v1/b/models/o(?:/(.+))?", parts.path)
+        kind, name = (match[1], unquote(match[2] or "")) if match else ("", "")
+        self.web.requests.append((self.command, name, self.headers.get("Range", "")))
+        return kind, name, parse_qs(parts.query)
+
+    def _info(self, name: str) -> dict[str, str]:
+        generation, data = self.web.objects[name]
+        return {"name": name, "bucket": "models", "size": str(len(data)), "generation": str(generation), "etag": "e"}
+
+    def do_GET(self) -> None:
+        kind, name, given = self._asked()
+        if kind == "storage" and not name:
+            prefix = given.get("prefix", [""])[0]
+            below = sorted(one for one in self.web.objects if one.startswith(prefix))
+            items = [self._info(one) for one in below if "/" not in one.removeprefix(prefix)]
+            folders = {prefix + one.removeprefix(prefix).split("/")[0] + "/" for one in below} - {
+                one["name"] + "/" for one in items
+            }
+            return self._answer(200, {"items": items, "prefixes": sorted(folders)})
+        if name not in self.web.objects or given.get("generation", [None])[0] not in (
+            None,
+            str(self.web.objects[name][0]),
+        ):
+            return self._answer(404, {"error": {"code": 404, "message": "No such object"}})
+        if kind == "storage":
+            return self._answer(200, self._info(name))
+        data = self.web.objects[name][1]
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        begin, end = (int(match[1]), int(match[2]) + 1) if match else (0, len(data))
+        self._answer(206 if match else 200, data[begin:end], Content_Range=f"bytes {begin}-{end - 1}/{len(data)}")
+
+    def do_POST(self) -> None:
+        self._asked()
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        _, settings, data = body.removesuffix(b"\n--==0==--").split(b"--==0==", 2)
+        name = json.loads(settings.partition(b"\n\n")[2])["name"]
+        self.web.put(name, data.partition(b"\n\n")[2])
+        self._answer(200, self._info(name))
+
+    def do_DELETE(self) -> None:
+        _, name, _ = self._asked()
+        self._answer(204 if self.web.objects.pop(name, None) else 404)
+
+
+@dataclass
+class Google:
+    """The bucket `models` of a server like Google's."""
+
+    url: str = ""
+    objects: dict[str, tuple[int, bytes]] = field(default_factory=dict)  # name -> generation, bytes
+    requests: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def put(self, name: str, data: bytes) -> None:
+        self.objects[name] = (len(self.requests) + 1, data)
+
+    def files(self, prefix: str) -> dict[str, bytes]:
+        """Objects below a prefix."""
+        found = {name.removeprefix(prefix + "/"): data for name, (_, data) in self.objects.items()}
+        return {name: data for name, data in found.items() if name not in self.objects}
+
+
+def google_server() -> "contextmanager[Iterator[Google]]":
+    return serve(_Google, Google())
+
+
 # --- S3, by moto
 
 
@@ -259,7 +345,6 @@ class Bucket:
 def bucket_server() -> Iterator[Bucket]:
     """An empty bucket. The environment has to say AWS_ENDPOINT_URL and keys."""
     import boto3
-    from moto.moto_api._internal import mock_random  # noqa: F401 (moto's own import order)
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import WSGIRequestHandler, make_server
 

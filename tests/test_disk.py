@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from ders_cli.checkpoint import disk
 from ders_cli.checkpoint.tensor import TensorSpec
 from ders_cli.checkpoint.writer import ShardWriter

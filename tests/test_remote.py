@@ -521,6 +521,17 @@ def test_closes_at_once(web: Web, scratch: Path) -> None:
     assert time.monotonic() - began < 1 and not list(scratch.iterdir())
 
 
+def test_an_error_at_opening_waits_for_nobody(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One header is refused while another stalls."""
+    monkeypatch.setattr(remote_store, "TRIES", 2)
+    faults = {"source/model-00001-of-00003.safetensors": "stall", "source/model-00002-of-00003.safetensors": "503"}
+    web.stall, web.fault = 4, lambda method, name, number: faults.get(name, "") if method == "GET" else ""
+    began = time.monotonic()
+    with pytest.raises(DersError, match="00002-of-00003.safetensors: bytes 0-7: HTTP 503; gave up"):
+        RemoteReader(open_store(f"{web.url}/source"), tmp_path / "scratch")
+    assert time.monotonic() - began < 3
+
+
 # --- resuming, and outputs in a bucket
 
 
@@ -680,6 +691,24 @@ def test_large_files_go_in_parts(bucket: Bucket, tmp_path: Path, monkeypatch: py
     assert left["UploadId"] and [one["UploadId"] for one in open_now] == [other["UploadId"]]
 
 
+def test_google_bucket(root: Path, tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From gs:// to gs://, the same bytes; a replaced file is noticed by its generation."""
+    with servers.google_server() as google:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", google.url)
+        for path in (root / "org" / "source").iterdir():
+            google.put(f"in/source/{path.name}", path.read_bytes())
+        done("compress", "gs://models/in/source", *FLAGS, "-o", "gs://models/out/small", "--scratch", scratch)
+        assert google.files("out/small") == contents(root / "source-int4")
+        sent = [name for method, name, _ in google.requests if method == "DELETE"]
+        assert sent == ["out/small/.ders-plan.json"]
+        with RemoteReader(open_store("gs://models/in/source"), scratch) as reader:
+            name = list(reader.tensors)[-1]
+            file = f"in/source/{reader.places[name].file}"
+            google.put(file, google.objects[file][1])
+            with pytest.raises(CheckpointError, match="changed while it was being read"):
+                reader.read(name)
+
+
 # --- addresses
 
 
@@ -774,6 +803,15 @@ def test_hostile_listing(root: Path, scratch: Path) -> None:
             path.name for path in (root / "org" / "fused").iterdir()
         }
         assert [path.name for path in scratch.iterdir()] == [reader.folder.parent.name]
+    calls = []
+    store.get = lambda name, begin, end, entry: (
+        calls.append(name) or Hostile.get(store, name, begin, end, entry)[calls.count(name) % 2 :]
+    )  # every other answer lacks a byte
+    store.more = {}
+    with RemoteReader(store, scratch) as reader:
+        name = max(reader.tensors, key=lambda name: reader.tensors[name].nbytes)
+        assert _bytes(reader, name) == _local(root, "fused")[name]
+    del store.get
     store.more = {"video.mp4": Entry(10**12, "1")}
     with pytest.raises(DersError, match="video.mp4: 1000000000000"):
         RemoteReader(store, scratch)

@@ -44,7 +44,7 @@ def local_path(location: str | Path) -> Path:
 
 
 def open_store(address: str) -> Store:
-    """The store for an address; nothing is asked of it yet. Raises UsageError: not an address, or the extra is missing."""
+    """The store for an address; nothing is asked of it yet. UsageError if it is none, or if the extra is missing."""
     store = _store(address)
     if store.name in ("", ".", "..") or "\0" in store.name:
         store.name = "model"

@@ -1,4 +1,4 @@
-"""A remote checkpoint as a local folder: small files in full, weight files as sparse files of the right size, headers only.
+"""A remote checkpoint as a local folder: small files in full; of weight files the headers, in sparse files.
 
 So everything that works on a folder works on a remote checkpoint: the checks of its headers and its index, what is
 carried along, its fingerprint. The tensors' bytes come later (reader.py).
@@ -7,17 +7,16 @@ carried along, its fingerprint. The tensors' bytes come later (reader.py).
 import hashlib
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.reader import INDEX, LEFT_BEHIND, MAX_HEADER_BYTES, MAX_JSON_BYTES, NOT_READ, read_json
 from ..checkpoint.writer import pwrite_all
 from ..errors import CheckpointError, DersError, UnsupportedError, UsageError
-from .store import Entry, Store, fetch
+from .store import Entry, Store, each, fetch
 
 MOST_SMALL = 512_000_000  # bytes of all files beside the weights
-AT_ONCE = 8  # requests on the way
 READ = ("config.json", INDEX, MANIFEST)  # what else is fetched in full is carried along
 
 
@@ -34,11 +33,9 @@ def make_mirror(store: Store, listing: dict[str, Entry | None], folder: Path) ->
     for name, entry in files.items():
         if name.endswith((".safetensors", *NOT_READ)):
             _lay_out(store, folder / name, entry)
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        sizes = list(pool.map(lambda name: _whole(store, folder / name, small[name]), small))
-        weights = [name for name in _weight_files(folder, files) if name in files]
-        sizes += pool.map(lambda name: _header(store, folder / name, files[name]), weights)
-    return sum(sizes)
+    sizes = each(lambda name, stop: _whole(store, folder / name, small[name], stop), small)
+    weights = [name for name in _weight_files(folder, files) if name in files]
+    return sum(sizes) + sum(each(lambda name, stop: _header(store, folder / name, files[name], stop), weights))
 
 
 def stamp(path: Path, entry: Entry) -> None:
@@ -70,7 +67,7 @@ def _check_sizes(store: Store, small: dict[str, Entry]) -> None:
 
 
 def _weight_files(folder: Path, files: dict[str, Entry]) -> list[str]:
-    """The files whose headers will be read: those in the index, or the only one. What is wrong with it the reader says."""
+    """The files whose headers will be read: those in the index, or the only one. The reader says what is wrong."""
     if INDEX in files:
         found = read_json(folder / INDEX, "the shard index").get("weight_map")
         return sorted({file for file in found.values() if isinstance(file, str)}) if isinstance(found, dict) else []
@@ -91,24 +88,24 @@ def _lay_out(store: Store, path: Path, entry: Entry) -> None:
     stamp(path, entry)
 
 
-def _whole(store: Store, path: Path, entry: Entry) -> int:
-    path.write_bytes(fetch(store, path.name, 0, entry.size, entry))
+def _whole(store: Store, path: Path, entry: Entry, stop: Event) -> int:
+    path.write_bytes(fetch(store, path.name, 0, entry.size, entry, stop))
     stamp(path, entry)
     return entry.size
 
 
-def _header(store: Store, path: Path, entry: Entry) -> int:
+def _header(store: Store, path: Path, entry: Entry, stop: Event) -> int:
     """Fetch a weight file's header; one that cannot be right is left to the reader, which says so."""
-    text = fetch(store, path.name, 0, min(8, entry.size), entry)
+    text = fetch(store, path.name, 0, min(8, entry.size), entry, stop)
     length = int.from_bytes(text, "little")
     if len(text) == 8 and length <= min(MAX_HEADER_BYTES, entry.size - 8):
-        text += fetch(store, path.name, 8, 8 + length, entry)
+        text += fetch(store, path.name, 8, 8 + length, entry, stop)
     fill(path, 0, text, entry)
     return len(text)
 
 
 def fill(path: Path, at: int, data: bytes, entry: Entry) -> None:
-    """Write bytes into a sparse file. It is opened each time: a download that ends after the folder is gone does no harm."""
+    """Write bytes into a sparse file, opened for it: a download that ends when the folder is gone does no harm."""
     handle = os.open(path, os.O_WRONLY)
     try:
         pwrite_all(handle, data, at)

@@ -1,8 +1,8 @@
 """A remote checkpoint, read as if it were here: bytes are fetched into a sparse local folder when they are wanted.
 
-A weight file is cut into pieces that never cross from a large tensor into another: a tensor of more than PIECE bytes has
-pieces of its own, neighbours that are smaller share one. A piece is fetched once, by whoever comes first, and let go when
-all its tensors are `done`. Reading waits for its pieces, so what is not there yet never reads as zeros.
+A weight file is cut into pieces: a tensor of more than PIECE bytes has pieces of its own, smaller neighbours share one.
+A piece is fetched once, by whoever comes first, and let go when all its tensors are `done`. Reading waits for its
+pieces, so what is not there yet never reads as zeros.
 
     scratch held = pieces fetched and not let go: those being read, and AHEAD bytes of what is expected
 """
@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoint.disk import punch
 from ..checkpoint.reader import CheckpointReader
 from ..errors import DersError
 from .address import is_remote, local_path, open_store
-from .holes import punch
-from .mirror import AT_ONCE, fill, make_mirror, remove, stamp
-from .store import Entry, Store, fetch, patiently
+from .mirror import fill, make_mirror, remove, stamp
+from .store import AT_ONCE, Entry, Store, fetch, patiently
 
 PIECE = 8 << 20  # bytes of one request; AT_ONCE of them are in memory
 AHEAD = 1 << 30  # bytes on disk beyond which nothing is fetched that is only expected
@@ -133,14 +133,8 @@ class RemoteReader(CheckpointReader):
                     self._let_go_if_unused(piece)
 
     def expect(self, name: str) -> None:
-        self._foretell(name, 0, self.tensors[name].nbytes)
-
-    def expect_bytes(self, name: str, begin: int, size: int) -> None:
-        self._foretell(name, begin, begin + size)
-
-    def _foretell(self, name: str, begin: int, end: int) -> None:
         with self._lock:
-            for piece in self._of(name, begin, end):
+            for piece in self._of(name, 0, self.tensors[name].nbytes):
                 piece.users.add(name)
                 if piece.future is None:
                     self._ahead.append(piece)

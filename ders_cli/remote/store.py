@@ -3,6 +3,7 @@
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -10,6 +11,7 @@ from typing import TypeVar
 
 from ..errors import CheckpointError, DersError, UsageError
 
+AT_ONCE = 8  # requests on the way
 TRIES = 8  # waits of 0.5, 1, 2 ... 20 seconds, less up to half by chance: about 40 seconds in all
 FIRST_WAIT, LONGEST_WAIT = 0.5, 20.0
 STALL = 30.0  # seconds without a byte after which a connection is given up
@@ -68,7 +70,7 @@ class Store(ABC):
 
 
 def patiently(action: Callable[[], Result], what: str, stop: Event | None = None) -> Result:
-    """action(), again after every Passing, each time later; DersError naming `what` and the last failure after the last try.
+    """action(), again after every Passing, each time later; then DersError with `what` and the last failure.
 
     `stop`, once set, ends the waiting.
     """
@@ -94,6 +96,19 @@ def fetch(store: Store, name: str, begin: int, end: int, entry: Entry, stop: Eve
         return data
 
     return patiently(once, f"{store.where(name)}: bytes {begin}-{end - 1}", stop) if end > begin else b""
+
+
+def each(action: Callable[[str, Event], Result], names: Iterable[str]) -> list[Result]:
+    """action(name, stop) of every name, AT_ONCE at a time. An error or an interruption stops the rest."""
+    stop, pool = Event(), ThreadPoolExecutor(AT_ONCE, "open")
+    try:
+        futures = [pool.submit(action, name, stop) for name in names]
+        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+            future.result()
+        return [future.result() for future in futures]
+    finally:
+        stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def changed(where: str, was: str, is_now: str) -> CheckpointError:

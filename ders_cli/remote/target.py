@@ -3,8 +3,8 @@
     OUT.partial here (in scratch) -> each finished shard: sent, noted, removed here
                                   -> the other files -> index -> ders.json -> config.json
 
-config.json, without which nothing opens a checkpoint, is sent last, so an interrupted upload is never taken for one. A mark beside the shards says
-that a run of ders has begun there; it goes when the checkpoint is whole.
+config.json, without which nothing opens a checkpoint, is sent last, so an interrupted upload is never taken for one.
+A mark beside the shards says that a run of ders has begun there; it goes when the checkpoint is whole.
 """
 
 import hashlib

@@ -7,7 +7,6 @@ from ders.json, and from the names that tokenizers and licences usually have.
 import json
 import re
 import time
-from concurrent.futures import ThreadPoolExecutor
 from html import unescape
 from threading import local as thread_local
 from typing import Any
@@ -17,7 +16,7 @@ from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.reader import INDEX, MAX_JSON_BYTES
 from ..errors import CheckpointError, DersError, UnsupportedError
 from . import store
-from .store import Entry, Passing, Store, changed, patiently
+from .store import Entry, Passing, Store, changed, each, patiently
 
 USUAL = (
     *("config.json", INDEX, MANIFEST, "model.safetensors", "generation_config.json", "README.md"),
@@ -93,7 +92,7 @@ class WebStore(Store):
             with self._ask("GET", self._root + "/") as response:
                 if response.status_code != 200 or "text/html" not in response.headers.get("Content-Type", ""):
                     return ""
-                return self._body(response, LARGEST_PAGE, exactly=False).decode(errors="replace")
+                return self._body(response, LARGEST_PAGE).decode(errors="replace")
 
         page = patiently(once, self.address)
         links = (
@@ -103,9 +102,8 @@ class WebStore(Store):
 
     def _heads(self, names: Any) -> dict[str, Entry]:
         """Size and mark of those names that are there."""
-        with ThreadPoolExecutor(8) as pool:
-            entries = pool.map(lambda name: patiently(lambda: self._head(name), self.where(name)), sorted(names))
-            return {name: entry for name, entry in zip(sorted(names), entries, strict=True) if entry}
+        entries = each(lambda name, stop: patiently(lambda: self._head(name), self.where(name), stop), sorted(names))
+        return {name: entry for name, entry in zip(sorted(names), entries, strict=True) if entry}
 
     def _head(self, name: str) -> Entry | None:
         with self._ask("HEAD", self.url(name)) as response:
@@ -147,8 +145,8 @@ class WebStore(Store):
             raise Passing(f"HTTP {response.status_code}", float(wait) if wait.isdigit() else 0.0)
         return response
 
-    def _body(self, response: Any, size: int, exactly: bool = True) -> bytes:
-        """At most `size` bytes of a response; Passing if fewer came where `exactly` so many are due, or if they crawl."""
+    def _body(self, response: Any, size: int) -> bytes:
+        """At most `size` bytes of a response; Passing if they crawl, or fewer come than it announced."""
         from urllib3.exceptions import HTTPError
 
         data, began = bytearray(), time.monotonic()
@@ -159,8 +157,6 @@ class WebStore(Store):
                     raise Passing(f"{len(data)} of {size} bytes in {store.SLOWEST:g} seconds")
         except (HTTPError, OSError) as error:
             raise Passing(f"{_line(error)} after {len(data)} of {size} bytes") from None
-        if exactly and len(data) < size:
-            raise Passing(f"{size} bytes asked for, {len(data)} came")
         return bytes(data[:size])
 
 
@@ -189,9 +185,9 @@ class HubStore(WebStore):
             if response.status_code in (401, 403, 404):
                 why = response.headers.get("X-Error-Message") or f"HTTP {response.status_code}"
                 raise UnsupportedError(
-                    f"{self.address}: {why}; does the model exist, and if it is private or gated, did you `hf auth login`?"
+                    f"{self.address}: {why}; does it exist? If it is private or gated: `hf auth login`"
                 )
-            body = self._body(response, MAX_JSON_BYTES, exactly=False)
+            body = self._body(response, MAX_JSON_BYTES)
             try:
                 answer = json.loads(body)
                 sizes = [file["size"] for file in answer["siblings"] if file["rfilename"]]

@@ -29,6 +29,7 @@ class Base(ABC):
     """Where a group's base comes from."""
 
     label: str  # as ders.json says it
+    folders: tuple[Path, ...] = ()  # what is read for it beside the experts
 
     @abstractmethod
     def rows(self, group: ExpertGroup, rows: slice, read: ReadExpert) -> np.ndarray:
@@ -84,6 +85,7 @@ class DenseBase(Base):
 
     def __init__(self, reader: CheckpointReader):
         self.folder, self.address, self._reader = reader.folder, reader.address, reader
+        self.folders = (reader.folder,)
         self.label = f"dense:{self.folder.resolve().name}"
 
     def close(self) -> None:

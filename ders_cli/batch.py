@@ -13,6 +13,7 @@ import shlex
 import sys
 import time
 import traceback
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 from blake3 import blake3
 
 from . import convert
+from .base import Base, DenseBase
 from .checkpoint.manifest import MANIFEST, is_ders
 from .conversion_command import SCHEMA, choose_recipe, convert_model, finished
 from .errors import DersError, Interrupted, UsageError
@@ -162,23 +164,29 @@ def _already(command: str, job: Job, recipe: Recipe, run: RunOptions) -> dict[st
     """The document of an output that an earlier run completed, None if there is none. Raises UsageError at another one."""
     if job.options.overwrite or is_remote(job.output) or not is_ders(job.out):
         return None
-    with open_source(job.model, recipe.shared, run.scratch) as source, DersSource(job.out) as done:
+    with ExitStack() as stack:
+        source = stack.enter_context(open_source(job.model, recipe.shared, run.scratch))
+        done = stack.enter_context(DersSource(job.out))
         conversion = convert.prepare(
             source, recipe, job.out, replace(job.options, overwrite=True)
         )  # nothing is written
+        stack.enter_context(closing(conversion.base) if conversion.base else nullcontext())
         remedy = "--overwrite replaces it, the list's second column names another place"
         if done.manifest["recipe"] != conversion.recipe.model_dump(mode="json"):
             raise UsageError(f"{job.output}: was made with another recipe; {remedy}")
-        if not is_remote(job.model) and _newest(source) > (job.out / MANIFEST).stat().st_mtime_ns:
-            raise UsageError(f"{job.output}: is older than {job.model}; {remedy}")
+        if _newest(job, source, conversion.base) > (job.out / MANIFEST).stat().st_mtime_ns:
+            raise UsageError(f"{job.output}: is older than {job.model} or its base; {remedy}")
         if done.manifest["source"] != source.form() or not _same_experts(source, done):
             raise UsageError(f"{job.output}: was made of another model than {job.model}; {remedy}")
         return finished(command, conversion, done.manifest)
 
 
-def _newest(source: Source) -> int:
-    """When the last of the source's weight files and its config were changed, in ns."""
-    return max(path.stat().st_mtime_ns for folder in source.folders for path in folder.iterdir() if _is_input(path))
+def _newest(job: Job, source: Source, base: Base | None) -> int:
+    """When the last weight file or config of what is read here was changed, in ns; 0 where all of it is remote."""
+    folders = [] if is_remote(job.model) else list(source.folders)
+    if isinstance(base, DenseBase) and not is_remote(base.address):
+        folders += base.folders
+    return max((p.stat().st_mtime_ns for folder in folders for p in folder.iterdir() if _is_input(p)), default=0)
 
 
 def _is_input(path: Path) -> bool:

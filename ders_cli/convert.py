@@ -10,6 +10,7 @@ at its first unfinished shard and gives the bytes of an undisturbed one; so do a
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -71,10 +72,21 @@ class Conversion:
 
 def prepare(source: Source, recipe: Recipe, out: Path, options: Options, base: Base | None = None) -> Conversion:
     """Everything that can be refused is refused here, before a byte is written. `base`: where the recipe doesn't say it."""
-    inputs, addresses = list(source.folders), [source.reader.address]
+    with ExitStack() as opened:
+        if base is None and not isinstance(source, DersSource):
+            base = make_base(recipe.base, options.scratch)
+            opened.callback(base.close)
+        conversion = _prepared(source, recipe, out, options, base)
+        opened.pop_all()
+    return conversion
+
+
+def _prepared(source: Source, recipe: Recipe, out: Path, options: Options, base: Base | None) -> Conversion:
+    inputs, addresses = [*source.folders, *(base.folders if base else ())], [source.reader.address]
     if base is not None:
+        addresses += [base.address] if isinstance(base, DenseBase) else []
         recipe = recipe.model_copy(update={"base": base.label})
-    elif isinstance(source, DersSource):
+    else:
         if not source.lossless:
             raise UsageError(
                 f"{source.reader.address}: its deltas are lossy already; convert the original model, or its `ders decompose`"
@@ -85,11 +97,6 @@ def prepare(source: Source, recipe: Recipe, out: Path, options: Options, base: B
                 f"{source.reader.address}: was decomposed with base {kept['base']}; --base and --shared go with the original model"
             )
         recipe = recipe.model_copy(update={"base": kept["base"], "shared": kept["shared"]})
-    else:
-        base = make_base(recipe.base, options.scratch)
-        if isinstance(base, DenseBase):
-            inputs, addresses = [*inputs, base.folder], [*addresses, base.address]
-        recipe = recipe.model_copy(update={"base": base.label})
     quantised = source.reader.config.get("quantization_config")
     method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
     if method not in (None, "ders"):
@@ -118,7 +125,8 @@ def run(conversion: Conversion) -> dict[str, Any]:
     folder = begin(
         conversion.out,
         options,
-        fingerprint(source, conversion.recipe, options) | {"form": hashlib.sha256(codecs.encode()).hexdigest()},
+        fingerprint(source, conversion.recipe, options, conversion.base)
+        | {"form": hashlib.sha256(codecs.encode()).hexdigest()},
     )
     total = plan.expert_bytes + sum(spec.nbytes for spec in source.copied.values())
     with shown(f"writing {conversion.out.name}", total, options.quiet) as progress:
@@ -140,10 +148,10 @@ def run(conversion: Conversion) -> dict[str, Any]:
     return manifest
 
 
-def fingerprint(source: Source, recipe: Recipe, options: Options) -> dict[str, str]:
+def fingerprint(source: Source, recipe: Recipe, options: Options, base: Base | None = None) -> dict[str, str]:
     """What must be the same for a run to be continued."""
     stats = []
-    for folder in source.folders:
+    for folder in (*source.folders, *(base.folders if base else ())):
         files = sorted(path for path in folder.iterdir() if path.is_file() and path.name.endswith(MARKED))
         stats += [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     headers = [header.text for header in source.reader.headers.values()]

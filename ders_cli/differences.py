@@ -31,24 +31,22 @@ class Differences:
         return bool(np.isfinite(self._totals).all() and np.isfinite(self._worst))
 
     def errors(self) -> dict[str, float]:
-        """To six digits; infinite where a NaN or an infinity was met.
+        """To six digits; at their worst, infinite, where a NaN or an infinity was met.
 
         weight, delta: |W' - W| relative to |W| and to |D|; max_abs; cosine of W' and W; kept: <D', D> / |D|^2, what is
         left of the delta's size (1: all of it).
         """
-        weight, delta, error, kept, cross, coded = (_known(total) for total in self._totals.tolist())
+        if not self.finite:
+            return dict.fromkeys(("weight", "delta", "max_abs"), math.inf) | {"cosine": -math.inf, "kept": math.inf}
+        weight, delta, error, kept, cross, coded = self._totals.tolist()
         found = {
             "weight": math.sqrt(_ratio(error, weight, 0)),
             "delta": math.sqrt(_ratio(error, delta, 0)),
-            "max_abs": _known(float(self._worst)),
+            "max_abs": float(self._worst),
             "cosine": _ratio(cross, math.sqrt(weight * coded), 1),
             "kept": _ratio(kept, delta, 1),
         }
         return {name: float(f"{value:.5e}") for name, value in found.items()}
-
-
-def _known(value: float) -> float:
-    return math.inf if math.isnan(value) else value
 
 
 def _ratio(a: float, b: float, empty: float) -> float:

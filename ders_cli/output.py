@@ -81,13 +81,17 @@ def output_bytes(out: Path, options: Options) -> int:
 
 
 def check_space(out: Path, needed: int, options: Options) -> None:
-    """Raise DersError if the disk has not `needed` bytes free. An upload holds one shard, its streams twice."""
+    """Raise DersError if the disk has not `needed` bytes free. An upload holds one shard, its streams twice.
+
+    What an unfinished run has taken counts as free: it is finished already, or will be removed.
+    """
     if isinstance(options.target, Upload):
         needed = min(needed, 2 * options.max_shard_bytes)
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    unfinished = [path.stat() for path in partial_of(out).glob("*")]
+    free = shutil.disk_usage(parent).free + sum(512 * stat.st_blocks for stat in unfinished)
     if needed > free:
         raise DersError(f"{parent}: {human_bytes(needed)} needed, {human_bytes(free)} free")
 

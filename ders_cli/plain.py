@@ -94,7 +94,9 @@ def _file(source: Source, folder: Path, held: Held, options: Options, number: in
     writer = ShardWriter(folder / file, specs_of(entry), header=_header(entry))
     try:
         tasks = [partial(_copy, source, writer, name, progress) for name in writer.tensors if name not in held]
-        tasks += [partial(_experts, source, writer, piece, progress) for piece in _pieces(writer.tensors, held)]
+        tasks += [
+            partial(_experts, source, writer, piece, progress) for piece in _pieces(writer.tensors, held, options.jobs)
+        ]
         local.run(tasks, options.jobs)
         writer.close()
     except BaseException:
@@ -103,8 +105,11 @@ def _file(source: Source, folder: Path, held: Held, options: Options, number: in
     options.target.put(folder / file)
 
 
-def _pieces(names: Iterable[str], held: Held) -> list[Piece]:
-    """The experts in some tensors, in tasks of whole groups. Matrices of one tensor may interleave: they are one task."""
+def _pieces(names: Iterable[str], held: Held, jobs: int) -> list[Piece]:
+    """The experts in some tensors, in tasks of whole groups, or of parts of them where there are more threads than groups.
+
+    Matrices of one tensor may interleave: they are one task.
+    """
     pieces: dict[str, Piece] = {}  # group's name -> the piece that it is in
     for experts in (held[name] for name in names if name in held):
         touched = {id(piece): piece for group, _ in experts if (piece := pieces.get(group.name)) is not None}
@@ -114,7 +119,16 @@ def _pieces(names: Iterable[str], held: Held) -> list[Piece]:
         for group, member in experts:
             whole.setdefault(group.name, (group, []))[1].append(member)
         pieces |= dict.fromkeys(whole, whole)
-    return list({id(piece): piece for piece in pieces.values()}.values())
+    found = list({id(piece): piece for piece in pieces.values()}.values())
+    return [part for piece in found for part in _parts(piece, held, -(-jobs // len(found)))]
+
+
+def _parts(piece: Piece, held: Held, count: int) -> list[Piece]:
+    """A piece of one group, each expert in a tensor of its own, cut into up to `count`; any other as it is."""
+    (group, members), *others = piece.values()
+    if others or any(len(held[group.members[member][1].tensor]) > 1 for member in members):
+        return [piece]
+    return [{group.name: (group, members[first::count])} for first in range(min(count, len(members)))]
 
 
 def _copy(source: Source, writer: ShardWriter, name: str, progress: Progress) -> None:

@@ -5,7 +5,6 @@ Both give the same groups and the same bits, so converting, restoring and verify
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ class Source(ABC):
     aliases: dict[str, str]  # their canonical names, where these differ
     activation: str
     shared: bool  # a shared expert is in the groups
+    _users: Users
     upcycling: dict[str, Any] | None = None  # how a dense model was made this MoE; ders.json keeps it
 
     @abstractmethod
@@ -66,10 +66,6 @@ class Source(ABC):
         """Some experts of the group will not be read again in this run; with the last of them its tensors are let go."""
         for name in self._users.done(group, members):
             self.reader.done(name)
-
-    @cached_property
-    def _users(self) -> Users:
-        return Users(self.groups, self.tensors_of)
 
     def chunks(self, name: str) -> Iterator[np.ndarray]:
         """Bytes of a copied tensor, from front to back, in pieces."""
@@ -119,6 +115,7 @@ class PlainSource(Source):
         experts = {view.tensor for group in self.groups for _, view in group.members}
         self.copied = {name: spec for name, spec in self.reader.tensors.items() if name not in experts}
         self.aliases = dict(layout.aliases)
+        self._users = Users(self.groups, self.tensors_of)
 
     def read(self, group: ExpertGroup, member: int, rows: slice) -> np.ndarray:
         view = group.members[member][1]
@@ -171,6 +168,7 @@ class DersSource(Source):
         own = {name for group in self.groups for name in self.part_specs(group)} | set(self.manifest["guards"])
         self.copied = {name: spec for name, spec in self.reader.tensors.items() if name not in own}
         self.aliases = self.manifest["source"]["aliases"]
+        self._users = Users(self.groups, self.tensors_of)
         self.seed, self.shared = self.manifest["recipe"]["seed"], self.manifest["recipe"]["shared"]
         self.upcycling = self.manifest.get("upcycling")
 

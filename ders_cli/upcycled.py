@@ -29,6 +29,7 @@ from .layouts import ExpertGroup, MatrixView
 from .plan import fill_shards, natural
 from .routers import normal, start_router
 from .source import Source
+from .users import Users
 
 NOISE_LABEL = "noise"
 EXPONENTS = {"BF16": np.uint16(0x7F80), "F16": np.uint16(0x7C00), "F32": np.uint32(0x7F800000)}  # all set: not finite
@@ -75,6 +76,7 @@ class UpcycledSource(Source):
         self.guards, self.aliases, self.activation = layout.guards, dict(layout.aliases), layout.activation
         self.upcycling = asdict(how) | {"dense": self.reader.folder.resolve().name}
         self._form = self._make_form(max_shard_bytes)
+        self._users = Users(self.groups, self.tensors_of)
 
     def close(self) -> None:
         for donor in self.donors:

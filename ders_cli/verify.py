@@ -249,7 +249,7 @@ def _problem(matched: Matched, noted: dict[str, Any] | None, output: dict[str, f
     if noted is None:
         view = dict(matched.group.members)[matched.label]
         return f"{view.tensor}: differs{said}: weight error {errors['weight']:.3g}, largest {errors['max_abs']:.3g}"
-    if abs(errors["weight"] - noted["error"]["weight"]) > NOTED * noted["error"]["weight"]:
+    if not abs(errors["weight"] - noted["error"]["weight"]) <= NOTED * noted["error"]["weight"]:
         return f"weight error {errors['weight']:.6g}, noted at conversion {noted['error']['weight']:.6g}{said}"
     return ""
 

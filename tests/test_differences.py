@@ -49,7 +49,8 @@ def test_what_is_not_finite_shows(dtype: str, value: float) -> None:
     for original, coded in ((good, bad), (bad, good), (bad, bad)):
         differing = Differences()
         assert differing.add(good, good, good, dtype) and not differing.add(original, coded, good, dtype)
-        assert not differing.finite and differing.errors()["max_abs"] == np.inf
+        worst = {"weight": np.inf, "delta": np.inf, "max_abs": np.inf, "cosine": -np.inf, "kept": np.inf}
+        assert not differing.finite and differing.errors() == worst  # so that no bound is kept
         differing.add(good, good, good, dtype)
         assert not differing.finite
 

@@ -1,6 +1,7 @@
 """Space is taken beforehand where the file system can, refused in words where there is none, and given back."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,7 @@ def test_allocated(handle: int, size: int) -> None:
     disk.allocate(handle, size)
     found = os.fstat(handle)
     assert found.st_size == size
-    if disk._fallocate(handle, disk.KEEP_SIZE, 0, 1):
-        assert found.st_blocks * 512 >= size
+    assert found.st_blocks * 512 >= size or sys.platform != "linux"
 
 
 def test_a_file_system_without_the_call(handle: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,8 +38,8 @@ def test_given_back(handle: int) -> None:
     os.pwrite(handle, data, 0)
     os.fsync(handle)
     before = os.fstat(handle).st_blocks
-    if disk.punch(handle, 64 << 10, 512 << 10):
-        assert os.fstat(handle).st_blocks < before
+    if sys.platform == "linux":
+        assert disk.punch(handle, 64 << 10, 512 << 10) and os.fstat(handle).st_blocks < before
         data = data[: 64 << 10] + bytes(512 << 10) + data[576 << 10 :]
     assert os.pread(handle, 2 << 20, 0) == data
 

@@ -139,3 +139,43 @@ def test_memory_bound_lowers_the_threads(source: Path, tmp_path: Path) -> None:
     assert few["peak_memory_bytes"] <= 120_000_000
     refused = ders("compress", source, "--max-memory", "1MB", "-o", tmp_path / "a")
     assert refused.code == 2 and "--max-memory" in refused.err
+
+
+def test_what_an_unfinished_run_has_taken_is_free(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk with room for one output, a run that was killed can be continued, or begun again."""
+    import shutil
+    from types import SimpleNamespace
+
+    flags = ("--delta", "int4", "-q", "-o", tmp_path / "out")
+    done("compress", source, *flags)
+    taken = sum(path.stat().st_blocks * 512 for path in (tmp_path / "out").iterdir())
+    (tmp_path / "out").rename(tmp_path / "out.partial")
+    (tmp_path / "out.partial" / "ders.json").rename(tmp_path / "out.partial" / ".ders-plan.json")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    begun = ders("compress", source, *flags, "--overwrite")
+    assert begun.code == 0, begun.err
+    shutil.rmtree(tmp_path / "out")
+    full = ders("compress", source, *flags)
+    assert full.code == 1 and "1.00 kB free" in full.err and taken > 1000
+
+
+def test_another_dense_model_is_another_run(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--resume looks at the base's files too: they could have changed under the same name."""
+    from ders_cli.base import DenseBase
+    from ders_cli.convert import fingerprint
+    from ders_cli.output import Options
+    from ders_cli.recipe import make_recipe
+    from ders_cli.remote.reader import open_reader
+    from ders_cli.source import open_source
+
+    toy.dense(tmp_path / "dense", dtype=torch.bfloat16)
+    marks = []
+    for changed in (False, False, True):
+        if changed:
+            weights = tmp_path / "dense" / "model.safetensors"
+            weights.write_bytes(weights.read_bytes())
+        with open_source(source) as opened, open_reader(tmp_path / "dense") as reader:
+            marks.append(fingerprint(opened, make_recipe({"delta": "int4"}), Options(), DenseBase(reader)))
+    assert marks[0] == marks[1] != marks[2]

@@ -61,6 +61,7 @@ class RunningHash:
             number, at = divmod(begin, self._size)
             part = data[: self._size - at]
             done, digest = self._open.pop(number, (0, None)) if at else (0, blake3())
+            self.found[number] = ""
             if digest is not None and done == at:
                 digest.update(part)
                 if at + len(part) == self._size:

@@ -28,7 +28,13 @@ def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 def name_own(dispatcher: Any) -> None:
-    """Put this process into the names of the files that the function's machine code will be saved in."""
-    file = dispatcher._cache._cache_file
-    pattern = file._data_name_pattern
-    file._data_name = lambda number: pattern.replace("{number", f"{WORD}-{os.getpid()}-{{number").format(number=number)
+    """Put this process into the names of the files that the function's machine code will be saved in.
+
+    These are numba's own insides (0.68 has them); where they are others, its names stay.
+    """
+    file = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
+    pattern = getattr(file, "_data_name_pattern", None)
+    if pattern is not None:
+        file._data_name = lambda number: pattern.replace("{number", f"{WORD}-{os.getpid()}-{{number").format(
+            number=number
+        )

@@ -24,7 +24,7 @@ Tensors = Iterator[tuple[str, tuple[int, ...], str]]
 SIZE = {"BF16": 2, "F32": 4}
 GROUP = 128  # inputs that share a scale: the default of --group-size
 DELTAS = ("int4", "ternary0.02", "exact")
-RATE = 2.4  # CPU seconds of `ders compress --delta int4` per GB (1e9 bytes) read: docs/results.md, section 3
+RATE = 1.1  # CPU-s for each GB of int4, as docs/results.md, section 3, has it
 LINK = 3.0  # GB/s that one node gets of shared storage: 25 Gbit/s
 
 

@@ -30,7 +30,7 @@ from .layouts import ExpertGroup
 from .options import RunOptions
 from .output import Options, place_output
 from .recipe import Recipe
-from .remote.address import is_remote, local_path
+from .remote.address import is_remote, normal, open_store
 from .report import human_bytes, print_table
 from .source import DersSource, Source, open_source
 
@@ -118,7 +118,9 @@ def place_all(entries: list[tuple[str, str | None]], folder: str | None, ending:
     """
     # what an earlier batch left unfinished is continued
     options = options if options.overwrite else replace(options, resume=True)
-    models = {str(local_path(model).resolve()): model for model, _ in entries if not is_remote(model)}
+    # refused here, before anything runs, if it is no address
+    entries = [(open_store(model).address if is_remote(model) else model, output) for model, output in entries]
+    models = {normal(model): model for model, _ in entries}
     jobs: dict[str, Job] = {}
     for model, output in entries:
         if folder is not None and not (output and is_remote(output)):
@@ -128,8 +130,16 @@ def place_all(entries: list[tuple[str, str | None]], folder: str | None, ending:
             raise UsageError(
                 f"{job.output}: the output of both {other.model} and {model}; the list's second column names another"
             )
-        if job.output in models:
-            raise UsageError(f"{job.output}: the output of {model}, and itself a model of this batch")
+        for place, other in jobs.items():
+            if f"{place}/".startswith(f"{job.output}/") or job.output.startswith(f"{place}/"):
+                raise UsageError(
+                    f"{job.output}: the output of {model}, and {place} that of {other.model}: one in the other"
+                )
+        for place, other in models.items():
+            if place == job.output:
+                raise UsageError(f"{job.output}: the output of {model}, and itself a model of this batch")
+            if place.startswith(f"{job.output}/"):
+                raise UsageError(f"{job.output}: the output of {model}, and {other} of this batch stands in it")
         jobs[job.output] = job
     return list(jobs.values())
 

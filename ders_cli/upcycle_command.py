@@ -39,7 +39,7 @@ def upcycle_command(
     from .codecs import parse_codec
     from .donors import is_adapter
     from .output import left_behind, output_bytes, place_output
-    from .remote.address import is_remote
+    from .remote.address import is_remote, normal
     from .remote.reader import open_reader
     from .upcycled import UpcycledSource
 
@@ -59,7 +59,9 @@ def upcycle_command(
     how = Upcycling(count, top_k or min(2, count), layers, split, kind, prompts, noise, average, names, parts)
     start = parse_codec(term, 128) if rank or sparse is not None else None
     if prompts and is_remote(dense):
-        raise UsageError(f"--router {router}: runs the dense model, so it has to be here; download {dense} first")
+        raise UsageError(
+            f"--router {router}: runs the dense model, so it has to be here; download {normal(dense)} first"
+        )
     ending = f"-moe{per_layer or count}-{term.replace(':', 'of')}"
     out, options = place_output(output, dense, ending, run.options())
     reader = open_reader(dense, run.scratch)

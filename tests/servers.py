@@ -5,7 +5,6 @@ import re
 import socket
 import struct
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,9 +23,12 @@ class Web:
     url: str = ""
     lists: bool = True  # shows an index page
     ranges: bool = True  # serves ranges
-    fault: Callable[[str, str, int], str] = lambda method, name, number: ""  # -> 503, reset, short, stall, slow, wrong
+    # -> 503, 405, reset, midway, short, stall, slow, whole; of the answer's head: unsized, unplaced, displaced, zipped
+    fault: Callable[[str, str, int], str] = lambda method, name, number: ""
+    links: tuple[str, ...] = ()  # of the index page, beside the files'
     tags: Callable[[Path], str] = lambda path: f'"{path.stat().st_mtime_ns}-{path.stat().st_size}"'
     stall: float = 1.0
+    ended: threading.Event = field(default_factory=threading.Event)  # nobody stalls any longer
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, name, Range
     served: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # body bytes by name
     authorized: set[tuple[str, str | None]] = field(default_factory=set)  # a Hub's: part of it, Authorization
@@ -62,6 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _index(self, folder: Path) -> None:
         links = "".join(f'<a href="{path.name}">{path.name}</a>\n' for path in sorted(folder.iterdir()))
+        links += "".join(f'<a href="{link}">{link}</a>' for link in self.web.links)
         page = f"<html>{links}</html>".encode() if self.web.lists else b"forbidden"
         self.send_response(200 if self.web.lists else 403)
         self.send_header("Content-Type", "text/html")
@@ -80,22 +83,28 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.web.faulty(self.command, name)
         if not path.is_file():
             return self._empty(404)
-        if fault == "503":
-            return self._empty(503)
+        if fault in ("503", "405"):
+            return self._empty(int(fault))
         if fault == "reset":
             return self._reset()
         size = path.stat().st_size
         begin, end, status = 0, size, 200
-        if asked and self.web.ranges:
+        if asked and self.web.ranges and fault != "whole":
             match = re.fullmatch(r"bytes=(\d+)-(\d+)", asked)
             begin, end, status = int(match[1]), min(int(match[2]) + 1, size), 206
             if begin >= size:
                 return self._empty(416)
         self.send_response(status)
-        self.send_header("Content-Length", str(end - begin))
+        if fault == "unsized":
+            self.close_connection = True
+        else:
+            self.send_header("Content-Length", str(end - begin))
+        if fault == "zipped":
+            self.send_header("Content-Encoding", "gzip")
         self.send_header("ETag", self.web.tags(path))
-        if status == 206:
-            self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{size}")
+        if status == 206 and fault != "unplaced":
+            shift = 1 if fault == "displaced" else 0
+            self.send_header("Content-Range", f"bytes {begin}-{end - 1 - shift}/{size}")
         self.end_headers()
         if body:
             self._body(name, path, begin, end, fault)
@@ -116,13 +125,13 @@ class _Handler(BaseHTTPRequestHandler):
             elif fault == "stall":
                 self.wfile.write(data[:half])
                 self.wfile.flush()
-                time.sleep(self.web.stall)
+                self.web.ended.wait(self.web.stall)
                 self.close_connection = True
             elif fault == "slow":
                 for at in range(0, len(data), max(1, len(data) // 8)):
                     self.wfile.write(data[at : at + max(1, len(data) // 8)])
                     self.wfile.flush()
-                    time.sleep(self.web.stall / 8)
+                    self.web.ended.wait(self.web.stall / 8)
             else:
                 self.wfile.write(data)
         except OSError:
@@ -174,6 +183,7 @@ def serve(handler: type[BaseHTTPRequestHandler], web: Any) -> Iterator[Any]:
     try:
         yield web
     finally:
+        web.ended.set()
         server.shutdown()
         server.server_close()
 
@@ -261,6 +271,10 @@ class _Google(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         kind, name, given = self._asked()
+        if self.web.fault == "stall":
+            self.web.ended.wait(600)
+        if self.web.fault:
+            return self._answer(400, {"error": {"code": 400, "message": self.web.fault}})
         if kind == "storage" and not name:
             prefix = given.get("prefix", [""])[0]
             below = sorted(one for one in self.web.objects if one.startswith(prefix))
@@ -300,6 +314,8 @@ class Google:
 
     url: str = ""
     objects: dict[str, tuple[int, bytes]] = field(default_factory=dict)  # name -> generation, bytes
+    fault: str = ""  # stall, or what it says to every request
+    ended: threading.Event = field(default_factory=threading.Event)
     requests: list[tuple[str, str, str]] = field(default_factory=list)
 
     def put(self, name: str, data: bytes) -> None:
@@ -326,7 +342,8 @@ class Bucket:
     endpoint: str
     client: object  # boto3's
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, key, Range
-    fault: Callable[[str, str, int], str] = lambda method, key, number: ""  # -> 503, cut
+    # -> 503, cut; lax: does not know If-Match, whole: nor ranges
+    fault: Callable[[str, str, int], str] = lambda method, key, number: ""
 
     def files(self, prefix: str) -> dict[str, bytes]:
         """Objects directly below a prefix."""
@@ -360,6 +377,10 @@ def bucket_server() -> Iterator[Bucket]:
         if fault == "503":
             start_response("503 Slow Down", [("Content-Type", "application/xml")])
             return [b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"]
+        if fault in ("lax", "whole"):
+            environ.pop("HTTP_IF_MATCH", None)
+        if fault == "whole":
+            environ.pop("HTTP_RANGE", None)
         if fault == "cut":
             plain = start_response
             start_response = lambda status, headers: plain(status, [*headers, ("Connection", "close")])

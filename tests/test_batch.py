@@ -152,6 +152,23 @@ def test_outputs_in_one_place_are_refused_before_anything_runs(models: Path, tmp
     assert not (models / "a-ders-int4").exists() and not (models / "b-ders-int4").exists()
 
 
+@pytest.mark.parametrize(
+    "first, second, says",
+    [
+        ("{m}/a s3://b/B", "S3://b//B/ s3://b/out", "s3://b/B: the output of {m}/a, and itself a model"),
+        ("{m}/a s3://b/x", "s3://b/x/deep s3://b/out", "and s3://b/x/deep of this batch stands in it"),
+        ("{m}/a s3://b/x", "{m}/b S3://b/x/", "s3://b/x: the output of both {m}/a and {m}/b"),
+        ("{m}/a {m}", "{m}/b {m}/out", "{m}: the output of {m}/a, and {m}/a of this batch stands in it"),
+        ("{m}/a {m}/out", "{m}/b {m}/out/deep", "{m}/out/deep: the output of {m}/b, and {m}/out that of {m}/a"),
+        ("{m}/a {m}/out/deep", "{m}/b {m}/out", "{m}/out: the output of {m}/b, and {m}/out/deep that of {m}/a"),
+    ],
+)
+def test_outputs_over_models_and_each_other_are_refused(models: Path, first: str, second: str, says: str) -> None:
+    listed = write_list(models, first.format(m=models), second.format(m=models))
+    ran = ders("compress", "--batch", listed, "--overwrite")
+    assert ran.code == 2 and says.format(m=models) in ran.err and not (models / "out").exists()
+
+
 def _again(models: Path, *more: object) -> dict:
     """A batch of models/a alone, once more: its result."""
     return ders(

@@ -417,10 +417,15 @@ def test_interrupt(tmp_path: Path, number: int, at: str) -> None:
         start_new_session=True,
     )
     awaited = "*.safetensors.*.partial" if at == "shard" else ".ders-*.sign"
-    while not list(out.with_name("out.partial").glob(awaited)) and process.poll() is None:
+    until = time.monotonic() + 120
+    while not list(out.with_name("out.partial").glob(awaited)) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
-    time.sleep(0.5)  # in the middle of Ray's start, or of a shard
+    time.sleep(0.5)  # somewhere in Ray's start, or in a shard
     os.killpg(process.pid, number)
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err, err
     assert not out.exists() and _left_of(mark) == []

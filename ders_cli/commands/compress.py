@@ -71,7 +71,7 @@ def compress(
         raise UsageError(
             "expected MODEL, or --batch with a list of models"
             if model is None
-            else f"--batch {batch} and MODEL {model}: expected one of the two; a glob goes in quotes"
+            else f"--batch {batch} and a MODEL: expected one of the two; a glob goes in quotes"
         )
     fields = {
         "delta": "int4" if delta is None and recipe is None else delta,

@@ -25,11 +25,28 @@ def _scheme(location: str | Path) -> str:
     return match[1].lower() if match else ""
 
 
+def normal(location: str | Path) -> str:
+    """One text for one place: an address with its scheme and host in small letters, without spare slashes; a whole path.
+
+    Without what is no part of the place and may be a secret, a password or a signed query: as it may be printed.
+    """
+    scheme = _scheme(location)
+    if scheme in ("", "file"):
+        return str(local_path(location).resolve())
+    inside = re.split("[?#]", str(location).partition("://")[2])[0]
+    host, *folders = [part for part in inside.split("/") if part] or [""]
+    if scheme != "hf" or ":" in host:  # hf://model@revision has no host
+        host = host.rpartition("@")[2]
+    return "/".join([f"{scheme}:/", host.lower() if scheme in ("http", "https") else host, *folders])
+
+
 def is_remote(location: str | Path) -> bool:
     """It is an address and not a path. Raises UsageError for an address that ders does not know."""
     scheme = _scheme(location)
     if scheme not in ("", "file", *REMOTE):
-        raise UsageError(f"{location}: expected a folder, or an address with {', '.join(f'{s}://' for s in REMOTE)}")
+        raise UsageError(
+            f"{normal(location)}: expected a folder, or an address with {', '.join(f'{s}://' for s in REMOTE)}"
+        )
     return scheme in REMOTE
 
 
@@ -39,13 +56,14 @@ def local_path(location: str | Path) -> Path:
         return Path(location)
     parts = urlsplit(str(location))
     if parts.netloc not in ("", "localhost"):
-        raise UsageError(f"{location}: expected file:///path, found another host {parts.netloc!r}")
+        raise UsageError("file://: expected file:///path, found another host in it")
     return Path(unquote(parts.path))
 
 
 def open_store(address: str) -> Store:
     """The store for an address; nothing is asked of it yet. UsageError if it is none, or if the extra is missing."""
-    store = _store(address)
+    _refuse_secrets(address)
+    store = _store(normal(address))
     if store.name in ("", ".", "..") or "\0" in store.name:
         store.name = "model"
     return store
@@ -54,6 +72,16 @@ def open_store(address: str) -> Store:
 def name_of(address: str) -> str:
     """The name of the checkpoint at an address."""
     return open_store(address).name
+
+
+def _refuse_secrets(address: str) -> None:
+    """UsageError for what would be a secret wherever the address is printed, and what is no part of a folder's name."""
+    shown, inside = normal(address), address.partition("://")[2]
+    if re.search("[?#]", inside):
+        raise UsageError(f"{shown}: expected a folder's address, without ? and # and what follows them")
+    host = inside.partition("/")[0]
+    if "@" in host and (_scheme(address) != "hf" or ":" in host):
+        raise UsageError(f"{shown}: expected an address without user and password; credentials: docs/remote.md")
 
 
 def _store(address: str) -> Store:
@@ -67,8 +95,8 @@ def _store(address: str) -> Store:
         return _web(address)
     from .bucket import GoogleStore, S3Store
 
-    path = address.partition("://")[2].strip("/")
-    if not path or "//" in path or any(part in (".", "..") for part in path.split("/")):
+    path = address.partition("://")[2]
+    if not path or any(part in (".", "..") for part in path.split("/")):
         raise UsageError(f"{address}: expected {scheme}://bucket/folder")
     return (S3Store if scheme == "s3" else GoogleStore)(address, path)
 
@@ -77,8 +105,8 @@ def _web(address: str) -> Store:
     from .web import WebStore
 
     parts = urlsplit(address)
-    if not parts.hostname or parts.query or parts.fragment:
-        raise UsageError(f"{address}: expected {parts.scheme}://host/folder, without ? and #")
+    if not parts.hostname:
+        raise UsageError(f"{address}: expected {parts.scheme}://host/folder")
     if parts.hostname in HUBS:
         raise UsageError(f"{address}: a model on the Hub is hf://{'/'.join(parts.path.strip('/').split('/')[:2])}")
     return WebStore(address)
@@ -87,7 +115,7 @@ def _web(address: str) -> Store:
 def _hub(address: str) -> Store:
     from .web import HubStore
 
-    repo, _, revision = address.partition("://")[2].strip("/").partition("@")
+    repo, _, revision = address.partition("://")[2].partition("@")
     repo = repo.removeprefix("models/")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo) or repo.startswith(("datasets/", "spaces/", "buckets/")):
         raise UsageError(f"{address}: expected hf://organisation/model or hf://organisation/model@revision")

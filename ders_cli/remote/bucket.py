@@ -1,6 +1,7 @@
 """A folder in a bucket (Amazon S3 and what speaks its language, Google Cloud Storage), through fsspec."""
 
 import asyncio
+import logging
 import posixpath
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any, TypeVar
 
 from ..errors import DersError
 from . import store
-from .store import Entry, Passing, Store, changed
+from .store import Entry, Passing, Store, changed, line
 
 PIECE = 16 << 20  # of an upload; S3 takes at most 10,000, so it grows with the file
 AT_ONCE = 4  # pieces of one upload in memory and on the way
+
+logging.getLogger("gcsfs").addHandler(logging.NullHandler())  # else it prints a traceback of all that it raises, too
 
 Result = TypeVar("Result")
 
@@ -59,14 +62,15 @@ class BucketStore(Store):
                 found[name] = None if info["type"] == "directory" else self.entry(info)
         return found
 
-    def put(self, path: Path, name: str) -> None:
+    def put(self, path: Path, name: str) -> Entry:
         try:
             self._try(name, lambda: self._send(str(path), self.key(name)))
-            size = self._try(name, lambda: self._fs.info(self.key(name), refresh=True)["size"])
+            entry = self._try(name, lambda: self.entry(self._fs.info(self.key(name), refresh=True)))
         except FileNotFoundError as error:
-            raise DersError(f"{self.where(name)}: {_line(error)}; expected a bucket that is there") from None
-        if size != path.stat().st_size:
-            raise Passing(f"{path.stat().st_size} bytes sent, {size} stand there")
+            raise DersError(f"{self.where(name)}: {line(error)}; expected a bucket that is there") from None
+        if entry.size != path.stat().st_size:
+            raise Passing(f"{path.stat().st_size} bytes sent, {entry.size} stand there")
+        return entry
 
     def _send(self, path: str, key: str) -> None:
         raise NotImplementedError
@@ -88,9 +92,9 @@ class BucketStore(Store):
         except FileNotFoundError:
             raise
         except (PermissionError, *self.no_key()) as error:
-            raise DersError(f"{where}: {_line(error)}; expected credentials for it (docs/remote.md)") from None
+            raise DersError(f"{where}: {line(error)}; expected credentials for it (docs/remote.md)") from None
         except (OSError, aiohttp.ClientError, asyncio.TimeoutError, *self.failures()) as error:
-            raise Passing(_line(error)) from None
+            raise Passing(line(error) or type(error).__name__) from None
 
     def no_key(self) -> tuple[type[Exception], ...]:
         """Raised for missing credentials."""
@@ -119,9 +123,15 @@ class S3Store(BucketStore):
     def get(self, name: str, begin: int, end: int, entry: Entry) -> bytes:
         from fsspec.asyn import sync
 
+        async def whole(stream: Any) -> bytes:
+            data = bytearray()
+            while len(data) <= end - begin and (chunk := await stream.read(end - begin + 1 - len(data))):
+                data += chunk
+            return bytes(data)  # one byte more than asked for, if the server gives more: then it is refused
+
         async def read(stream: Any) -> bytes:
             try:
-                return await asyncio.wait_for(stream.read(), store.SLOWEST)
+                return await asyncio.wait_for(whole(stream), store.SLOWEST)
             finally:
                 stream.close()  # else a broken body keeps its connection, and ten of them are all that there are
 
@@ -129,7 +139,10 @@ class S3Store(BucketStore):
             bucket, key, _ = self._fs.split_path(self.key(name))
             span = f"bytes={begin}-{end - 1}"
             answer = self._fs.call_s3("get_object", Bucket=bucket, Key=key, Range=span, IfMatch=entry.mark)
-            return sync(self._fs.loop, read, answer["Body"])
+            data = sync(self._fs.loop, read, answer["Body"])
+            if answer.get("ETag") != entry.mark:  # a server that does not know If-Match
+                raise changed(self.where(name), "one ETag", "another")
+            return data
 
         try:
             return self._try(name, body)
@@ -144,7 +157,7 @@ class S3Store(BucketStore):
                 if _code(error) in ("PreconditionFailed", "412", "InvalidRange", "416"):
                     raise changed(self.where(name), "one ETag", "another") from None
                 if _code(error) in ("301", "307", "400", "InvalidArgument", "AuthorizationHeaderMalformed"):
-                    raise DersError(f"{self.where(name)}: {_line(error)}; is the region right?") from None
+                    raise DersError(f"{self.where(name)}: {line(error)}; is the region right?") from None
                 raise
 
         return super()._try(name, once)
@@ -164,10 +177,13 @@ class S3Store(BucketStore):
         self._fs.put_file(path, key, chunksize=piece, max_concurrency=AT_ONCE)  # aborts its parts if one fails
 
     def abort_unfinished(self) -> None:
-        bucket, prefix, _ = self._fs.split_path(self.key(""))
+        bucket, _, folder = self._path.partition("/")
+        prefix = f"{folder}/"  # open_target (target.py) takes no whole bucket
         try:
             found = self._try("", lambda: self._fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix))
             for one in found.get("Uploads", ()):
+                if not one["Key"].startswith(prefix) or "/" in one["Key"].removeprefix(prefix):
+                    continue  # a folder below is another's
                 where = {"Bucket": bucket, "Key": one["Key"], "UploadId": one["UploadId"]}
                 self._try("", lambda where=where: self._fs.call_s3("abort_multipart_upload", **where))
         except (FileNotFoundError, DersError, Passing):
@@ -178,9 +194,11 @@ class GoogleStore(BucketStore):
     """gs://: every read names the generation that the listing gave."""
 
     def open(self) -> Any:
+        import aiohttp
         import gcsfs
 
-        return gcsfs.GCSFileSystem(use_listings_cache=False, skip_instance_cache=True)
+        limits = aiohttp.ClientTimeout(total=store.SLOWEST, sock_connect=store.STALL, sock_read=store.STALL)
+        return gcsfs.GCSFileSystem(requests_timeout=limits, use_listings_cache=False, skip_instance_cache=True)
 
     def entry(self, info: dict[str, Any]) -> Entry:
         return Entry(info["size"], str(info["generation"]))
@@ -191,6 +209,13 @@ class GoogleStore(BucketStore):
             return self._try(name, lambda: self._fs.cat_file(key, begin, end, generation=entry.mark))
         except FileNotFoundError:
             raise changed(self.where(name), f"generation {entry.mark}", "another") from None
+
+    def _try(self, name: str, action: Callable[[], Result]) -> Result:
+        try:
+            return super()._try(name, action)
+        except ValueError as error:
+            # gcsfs's own for what the server calls invalid, and for a requester-pays bucket
+            raise DersError(f"{self.where(name) if name else self.address}: {line(error)}") from None
 
     def no_key(self) -> tuple[type[Exception], ...]:
         from google.auth.exceptions import GoogleAuthError
@@ -209,7 +234,3 @@ class GoogleStore(BucketStore):
 def _code(error: OSError) -> str:
     """S3's own name for an error."""
     return (getattr(error.__cause__, "response", None) or {}).get("Error", {}).get("Code", "")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -7,6 +7,7 @@ carried along, its fingerprint. The tensors' bytes come later (reader.py).
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
 
@@ -14,15 +15,16 @@ from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.reader import INDEX, LEFT_BEHIND, MAX_HEADER_BYTES, MAX_JSON_BYTES, NOT_READ, read_json
 from ..checkpoint.writer import pwrite_all
 from ..errors import CheckpointError, DersError, UnsupportedError, UsageError
-from .store import Entry, Store, each, fetch
+from .store import Entry, Store, each, fetch, is_plain
 
 MOST_SMALL = 512_000_000  # bytes of all files beside the weights
+PIECE = 8 << 20  # bytes of one request; AT_ONCE (store.py) of them are in memory
 READ = ("config.json", INDEX, MANIFEST)  # what else is fetched in full is carried along
 
 
 def make_mirror(store: Store, listing: dict[str, Entry | None], folder: Path) -> int:
     """Fill an empty folder; the bytes that were fetched. Raises UsageError if there is no checkpoint at the address."""
-    listing = {name: entry for name, entry in listing.items() if _is_plain(name)}
+    listing = {name: entry for name, entry in listing.items() if is_plain(name)}
     files = {name: entry for name, entry in listing.items() if entry is not None}
     if not files:
         raise UsageError(f"{store.address}: nothing there; expected a checkpoint's folder")
@@ -43,11 +45,6 @@ def stamp(path: Path, entry: Entry) -> None:
     digest = hashlib.sha256(f"{path.name} {entry.size} {entry.mark}".encode()).digest()
     time = int.from_bytes(digest[:7], "big") % (2**31 * 10**9)
     os.utime(path, ns=(time, time))
-
-
-def _is_plain(name: str) -> bool:
-    """A name that stays in its folder."""
-    return name not in ("", ".", "..") and not set("/\\\0") & set(name) and len(name.encode()) <= 255
 
 
 def _is_carried(name: str) -> bool:
@@ -89,19 +86,29 @@ def _lay_out(store: Store, path: Path, entry: Entry) -> None:
 
 
 def _whole(store: Store, path: Path, entry: Entry, stop: Event) -> int:
-    path.write_bytes(fetch(store, path.name, 0, entry.size, entry, stop))
+    with path.open("wb") as file:
+        for _, data in _pieces(store, path.name, 0, entry.size, entry, stop):
+            file.write(data)
     stamp(path, entry)
     return entry.size
 
 
 def _header(store: Store, path: Path, entry: Entry, stop: Event) -> int:
     """Fetch a weight file's header; one that cannot be right is left to the reader, which says so."""
-    text = fetch(store, path.name, 0, min(8, entry.size), entry, stop)
-    length = int.from_bytes(text, "little")
-    if len(text) == 8 and length <= min(MAX_HEADER_BYTES, entry.size - 8):
-        text += fetch(store, path.name, 8, 8 + length, entry, stop)
-    fill(path, 0, text, entry)
-    return len(text)
+    begin = fetch(store, path.name, 0, min(8, entry.size), entry, stop)
+    fill(path, 0, begin, entry)
+    length = int.from_bytes(begin, "little")
+    if len(begin) < 8 or length > min(MAX_HEADER_BYTES, entry.size - 8):
+        return len(begin)
+    for at, data in _pieces(store, path.name, 8, 8 + length, entry, stop):
+        fill(path, at, data, entry)
+    return 8 + length
+
+
+def _pieces(store: Store, name: str, begin: int, end: int, entry: Entry, stop: Event) -> Iterator[tuple[int, bytes]]:
+    """Bytes begin ... end of a file, PIECE of them at a time, each with where it begins."""
+    for at in range(begin, end, PIECE):
+        yield at, fetch(store, name, at, min(at + PIECE, end), entry, stop)
 
 
 def fill(path: Path, at: int, data: bytes, entry: Entry) -> None:

@@ -25,10 +25,9 @@ from ..checkpoint.disk import punch
 from ..checkpoint.reader import CheckpointReader
 from ..errors import DersError
 from .address import is_remote, local_path, open_store
-from .mirror import fill, make_mirror, remove, stamp
+from .mirror import PIECE, fill, make_mirror, remove, stamp
 from .store import AT_ONCE, Entry, Store, fetch, patiently
 
-PIECE = 8 << 20  # bytes of one request; AT_ONCE of them are in memory
 AHEAD = 1 << 30  # bytes on disk beyond which nothing is fetched that is only expected
 
 
@@ -171,7 +170,7 @@ class RemoteReader(CheckpointReader):
                 self._want(piece)
 
     def _let_go_if_unused(self, piece: Piece) -> None:
-        if piece.future is None or not piece.future.done() or piece.users or piece.readers:
+        if piece.future is None or not _is_here(piece.future) or piece.users or piece.readers:
             return
         path = self.folder / piece.file
         handle = os.open(path, os.O_WRONLY)
@@ -196,7 +195,7 @@ class RemoteReader(CheckpointReader):
     def _landed(self, piece: Piece, future: Future) -> None:
         with self._lock:
             self._flying -= 1
-            if future.cancelled() or future.exception() is not None:
+            if piece.future is future and not _is_here(future):  # it may have been let go and wanted again meanwhile
                 piece.future = None  # those who wait get the error; who comes later tries again
                 self.held -= piece.size
             elif not self._stop.is_set():
@@ -211,6 +210,11 @@ class RemoteReader(CheckpointReader):
         self._pool.shutdown(wait=False, cancel_futures=True)
         super().close()
         self._remove()
+
+
+def _is_here(future: Future) -> bool:
+    """A download has ended well."""
+    return future.done() and not future.cancelled() and future.exception() is None
 
 
 def open_reader(location: str | Path, scratch: Path | None = None) -> CheckpointReader:

@@ -1,6 +1,7 @@
 """What a remote folder can do: list its files, give ranges of bytes, take files. And: trying again."""
 
 import random
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -42,7 +43,7 @@ class Passing(Exception):
 class Store(ABC):
     """A remote folder. Safe to use from several threads; pickles as its address, without its connections."""
 
-    address: str  # as the user gave it, and as errors name it
+    address: str  # in its normal form (address.py), and as errors name it
     name: str  # of the checkpoint: the address's last part
 
     @abstractmethod
@@ -53,8 +54,8 @@ class Store(ABC):
     def get(self, name: str, begin: int, end: int, entry: Entry) -> bytes:
         """Bytes begin ... end of a file, in one try. Raises Passing; CheckpointError if it is not the file listed."""
 
-    def put(self, path: Path, name: str) -> None:
-        """Store a file under a name, whole or not at all, in one try. Raises Passing."""
+    def put(self, path: Path, name: str) -> Entry:
+        """Store a file under a name, whole or not at all, in one try; as the listing has it then. Raises Passing."""
         raise UsageError(f"{self.address}: can be read, not written; expected a folder, s3://... or gs://...")
 
     def remove(self, names: Iterable[str]) -> None:
@@ -109,6 +110,19 @@ def each(action: Callable[[str, Event], Result], names: Iterable[str]) -> list[R
     finally:
         stop.set()
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def is_plain(name: str) -> bool:
+    """A file name that stays in its folder and can be printed: no control characters, no half characters."""
+    return (
+        name.isprintable() and name not in ("", ".", "..") and not set("/\\") & set(name) and len(name.encode()) <= 255
+    )
+
+
+def line(said: object) -> str:
+    """What a server or a library says, in one line that can be printed, without the queries of its addresses."""
+    text = re.sub(r"\?\S+", "", " ".join(str(said).split()))[:200]
+    return "".join(letter for letter in text if letter.isprintable())
 
 
 def changed(where: str, was: str, is_now: str) -> CheckpointError:

@@ -16,7 +16,7 @@ from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.reader import INDEX, MAX_JSON_BYTES
 from ..errors import CheckpointError, DersError, UnsupportedError
 from . import store
-from .store import Entry, Passing, Store, changed, each, patiently
+from .store import Entry, Passing, Store, changed, each, is_plain, line, patiently
 
 USUAL = (
     *("config.json", INDEX, MANIFEST, "model.safetensors", "generation_config.json", "README.md"),
@@ -31,7 +31,7 @@ LARGEST_PAGE = 4 << 20
 
 class WebStore(Store):
     def __init__(self, address: str):
-        self.address, self._root = address, address.rstrip("/")
+        self.address = self._root = address
         self.name = unquote(urlsplit(self._root).path).rsplit("/", 1)[-1] or urlsplit(self._root).hostname
         self._sessions = thread_local()
         self._kept: dict[str, bytes] = {}  # what the listing had to read
@@ -65,13 +65,27 @@ class WebStore(Store):
                 )
             if response.status_code not in (200, 206):
                 raise DersError(f"{self.where(name)}: HTTP {response.status_code}")
-            place = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", ""))
-            if response.status_code == 206 and place:
-                if place[3] not in ("*", str(entry.size)):
-                    raise changed(self.where(name), f"{entry.size} bytes", f"{place[3]} bytes")
-                if int(place[1]) != begin:
-                    raise Passing(f"bytes from {begin} on asked for, from {place[1]} on came")
-            return self._body(response, end - begin)
+            if (coding := response.headers.get("Content-Encoding", "identity")) != "identity":
+                raise UnsupportedError(f"{self.where(name)}: comes as {line(coding)}, not as it is; download it first")
+            if response.status_code == 206:
+                self._check_range(name, begin, end, entry, response.headers.get("Content-Range", ""))
+            data = self._body(response, end - begin + 1)
+            if response.status_code == 200 and len(data) > entry.size:
+                raise changed(self.where(name), f"{entry.size} bytes", "more")
+            return data
+
+    def _check_range(self, name: str, begin: int, end: int, entry: Entry, found: str) -> None:
+        """That the bytes which come are those asked for: "bytes 0-99/1000" are the first hundred."""
+        place = re.fullmatch(r"bytes ([0-9]+-[0-9]+)/([0-9]+|\*)", found)
+        if not place:
+            raise UnsupportedError(
+                f"{self.where(name)}: expected Content-Range: bytes {begin}-{end - 1}/{entry.size}, found "
+                f"{line(found)!r}; download the model first"
+            )
+        if place[2] not in ("*", str(entry.size)):
+            raise changed(self.where(name), f"{entry.size} bytes", f"{place[2]} bytes")
+        if place[1] != f"{begin}-{end - 1}":
+            raise Passing(f"bytes {begin}-{end - 1} asked for, {place[1]} came")
 
     def url(self, name: str) -> str:
         """Where a file is got."""
@@ -98,10 +112,10 @@ class WebStore(Store):
         links = (
             unquote(unescape(link)).removeprefix("./") for link in re.findall(r"""href=["']([^"'?#]+)["']""", page)
         )
-        return {link for link in links if link and "/" not in link and "\0" not in link}
+        return {link for link in links if is_plain(link)}
 
     def _heads(self, names: Any) -> dict[str, Entry]:
-        """Size and mark of those names that are there."""
+        """Size and mark of those names that are there, and have a size or are needed."""
         entries = each(lambda name, stop: patiently(lambda: self._head(name), self.where(name), stop), sorted(names))
         return {name: entry for name, entry in zip(sorted(names), entries, strict=True) if entry}
 
@@ -109,9 +123,12 @@ class WebStore(Store):
         with self._ask("HEAD", self.url(name)) as response:
             if response.status_code in ABSENT:
                 return None
-            if response.status_code != 200 or not response.headers.get("Content-Length", "").isdigit():
+            size = _number(response.headers.get("Content-Length", ""))
+            if response.status_code == 200 and size is not None:
+                return Entry(size, self.mark(response))
+            if name.endswith(".safetensors") or name in ("config.json", INDEX, MANIFEST):
                 raise DersError(f"{self.where(name)}: expected its size, found {_said(response)}")
-            return Entry(int(response.headers["Content-Length"]), self.mark(response))
+            return None  # a link of the page's own, as to a search or a login
 
     def _json(self, name: str, entry: Entry) -> dict[str, Any]:
         """A JSON object, {} for anything else: the reader's own checks say what is wrong with it."""
@@ -136,13 +153,13 @@ class WebStore(Store):
                 method, url, headers=headers, stream=True, timeout=store.STALL, allow_redirects=True
             )
         except (requests.ConnectionError, requests.Timeout) as error:
-            raise Passing(_line(error)) from None
+            raise Passing(_reason(error)) from None
         except requests.RequestException as error:
-            raise DersError(f"{url}: {_line(error)}") from None
+            raise DersError(f"{self.address}: {_reason(error)}") from None
         if response.status_code in MAY_PASS or response.status_code >= 500:
-            wait = response.headers.get("Retry-After", "")
+            wait = _number(response.headers.get("Retry-After", ""))
             response.close()
-            raise Passing(f"HTTP {response.status_code}", float(wait) if wait.isdigit() else 0.0)
+            raise Passing(f"HTTP {response.status_code}", float(wait or 0))
         return response
 
     def _body(self, response: Any, size: int) -> bytes:
@@ -156,7 +173,7 @@ class WebStore(Store):
                 if len(data) < size and time.monotonic() - began > store.SLOWEST:
                     raise Passing(f"{len(data)} of {size} bytes in {store.SLOWEST:g} seconds")
         except (HTTPError, OSError) as error:
-            raise Passing(f"{_line(error)} after {len(data)} of {size} bytes") from None
+            raise Passing(f"{_reason(error)} after {len(data)} of {size} bytes") from None
         return bytes(data[:size])
 
 
@@ -175,23 +192,25 @@ class HubStore(WebStore):
         found: dict[str, Entry | None] = {}
         for file in answer["siblings"]:
             name, _, below = file["rfilename"].partition("/")
-            mark = (file.get("lfs") or {}).get("sha256") or file.get("blobId") or self._commit
-            found[name] = None if below else Entry(int(file["size"]), mark)
+            lfs = file.get("lfs")
+            mark = (isinstance(lfs, dict) and lfs.get("sha256")) or file.get("blobId") or self._commit
+            found[name] = None if below else Entry(file["size"], str(mark))
         return found
 
     def _ask_hub(self) -> dict[str, Any]:
         revision = quote(self._commit or self._revision, safe="")
         with self._ask("GET", f"{self._endpoint}/api/models/{self._repo}/revision/{revision}?blobs=true") as response:
             if response.status_code in (401, 403, 404):
-                why = response.headers.get("X-Error-Message") or f"HTTP {response.status_code}"
+                why = line(response.headers.get("X-Error-Message", "")) or f"HTTP {response.status_code}"
                 raise UnsupportedError(
                     f"{self.address}: {why}; does it exist? If it is private or gated: `hf auth login`"
                 )
             body = self._body(response, MAX_JSON_BYTES)
             try:
                 answer = json.loads(body)
-                sizes = [file["size"] for file in answer["siblings"] if file["rfilename"]]
-                if response.status_code == 200 and answer["sha"] and all(isinstance(size, int) for size in sizes):
+                files = [(file["rfilename"], file["size"]) for file in answer["siblings"]]
+                right = all(isinstance(name, str) and isinstance(size, int) and size >= 0 for name, size in files)
+                if response.status_code == 200 and answer["sha"] and right:
                     return answer
             except (ValueError, KeyError, TypeError):
                 pass
@@ -212,14 +231,19 @@ class HubStore(WebStore):
 def _strings(found: Any, values: bool = False) -> set[str]:
     """Plain file names among a JSON object's keys, or among its values."""
     listed = (found.values() if values else found) if isinstance(found, dict) else ()
-    return {name for name in listed if isinstance(name, str) and name and "/" not in name and "\0" not in name}
+    return {name for name in listed if isinstance(name, str) and is_plain(name)}
+
+
+def _number(text: str) -> int | None:
+    """A number in a header."""
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
 
 
 def _said(response: Any) -> str:
-    return f"HTTP {response.status_code}, {response.headers.get('Content-Type', 'no type')}"
+    return f"HTTP {response.status_code}, {line(response.headers.get('Content-Type', 'no type'))}"
 
 
-def _line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """An error's innermost reason, in one line."""
     reason = getattr(error.args[0], "reason", error.args[0]) if error.args else error
-    return " ".join(str(reason).split())[:200] or type(error).__name__
+    return line(reason) or type(error).__name__

@@ -2,8 +2,8 @@
 
 The size of every fixed tensor is known when the file is opened, so each has its place: a block is written there
 by pwrite whenever it is ready, and hashed on the way if it comes in order. Tensors whose size is known only after
-encoding go behind them, in order, when they are complete. The header goes last, into space reserved for it; then fsync, then rename. A file under its
-final name is whole.
+encoding go behind them, in order, when they are complete. The header goes last, into space reserved for it; then
+fsync, then rename. A file under its final name is whole.
 """
 
 import glob

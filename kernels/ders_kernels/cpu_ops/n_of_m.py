@@ -1,7 +1,7 @@
 """N of every M entries kept, as a bitmap and values; 2:4 without a branch, for many blocks at once.
 
 For 2:4 a row is first taken apart into four planes, plane j holding entry j of every block: then each step is the same for
-neighbouring numbers, which a compiler turns into vector instructions (14 times as fast as block by block, one core of Zen 4).
+neighbouring numbers, which a compiler turns into vector instructions (14 times as fast as block by block, one core of an AMD EPYC).
 A last block of t < 4 entries is filled up with zeros: ties go to the lower column, so they are kept only where there is
 nothing else, and are cut off again.
 """

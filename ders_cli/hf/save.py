@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from blake3 import blake3
-from ders_kernels.cpu_ops import floats, sums
+from ders_kernels.cpu_ops import floats
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -42,6 +42,7 @@ from ..checkpoint.tensor import FLOATS, TensorSpec
 from ..checkpoint.writer import ShardWriter, fsync_folder
 from ..codecs import DeltaCodec
 from ..describe import BLANK, file_hash, group_entry
+from ..differences import Differences
 from ..engines import local
 from ..errors import CheckpointError, UnsupportedError, UsageError
 from ..layouts import ExpertGroup
@@ -320,7 +321,7 @@ def _manifest(
 def _entry(unit: Unit, restored: list[str]) -> dict[str, Any]:
     """A group whose experts are what it decodes to: no error."""
     n = len(restored)
-    return group_entry(unit, restored, restored, np.zeros((n, len(sums.NAMES))), np.zeros(n))
+    return group_entry(unit, restored, restored, [Differences().errors()] * n)
 
 
 def _source(

@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import posixpath
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,9 +34,9 @@ class BucketStore(Store):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": None}
 
+    @abstractmethod
     def open(self) -> Any:
         """The file system, without fsspec's caches of file systems and listings."""
-        raise NotImplementedError
 
     @property
     def _fs(self) -> Any:
@@ -46,9 +48,9 @@ class BucketStore(Store):
         """bucket/prefix/name"""
         return f"{self._path}/{name}"
 
+    @abstractmethod
     def entry(self, info: dict[str, Any]) -> Entry:
         """A file by fsspec's listing of it."""
-        raise NotImplementedError
 
     def listing(self) -> dict[str, Entry | None]:
         try:
@@ -72,15 +74,14 @@ class BucketStore(Store):
             raise Passing(f"{path.stat().st_size} bytes sent, {entry.size} stand there")
         return entry
 
+    @abstractmethod
     def _send(self, path: str, key: str) -> None:
-        raise NotImplementedError
+        """Store a local file under a key."""
 
     def remove(self, names: Iterable[str]) -> None:
         for name in names:
-            try:
+            with suppress(FileNotFoundError):
                 self._try(name, lambda name=name: self._fs.rm_file(self.key(name)))
-            except FileNotFoundError:
-                pass
 
     def _try(self, name: str, action: Callable[[], Result]) -> Result:
         """action(); what fsspec raises, as Passing or as DersError. FileNotFoundError stays one."""

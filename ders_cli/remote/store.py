@@ -60,7 +60,7 @@ class Store(ABC):
 
     def remove(self, names: Iterable[str]) -> None:
         """Delete files that are there. Raises Passing."""
-        raise NotImplementedError
+        raise UsageError(f"{self.address}: can be read, not written; expected a folder, s3://... or gs://...")
 
     def abort_unfinished(self) -> None:  # noqa: B027 (most have nothing like it)
         """Drop what interrupted uploads to this folder have left behind and is paid for though it is no file."""

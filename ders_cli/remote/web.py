@@ -7,6 +7,7 @@ from ders.json, and from the names that tokenizers and licences usually have.
 import json
 import re
 import time
+from contextlib import suppress
 from html import unescape
 from threading import local as thread_local
 from typing import Any
@@ -206,14 +207,12 @@ class HubStore(WebStore):
                     f"{self.address}: {why}; does it exist? If it is private or gated: `hf auth login`"
                 )
             body = self._body(response, MAX_JSON_BYTES)
-            try:
+            with suppress(ValueError, KeyError, TypeError):
                 answer = json.loads(body)
                 files = [(file["rfilename"], file["size"]) for file in answer["siblings"]]
                 right = all(isinstance(name, str) and isinstance(size, int) and size >= 0 for name, size in files)
                 if response.status_code == 200 and answer["sha"] and right:
                     return answer
-            except (ValueError, KeyError, TypeError):
-                pass
             raise CheckpointError(f"{self.address}: expected a model's files from the Hub, found {_said(response)}")
 
     def url(self, name: str) -> str:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +48,18 @@ class Conversion:
     out: Path
     options: Options
 
+    @cached_property
+    def manifest_bytes(self) -> int:
+        """The size that ders.json will have: a second of work where there are 70,000 matrices."""
+        return planned_manifest_bytes(self.source, self.recipe, self.plan)
+
     def totals(self) -> dict[str, Any]:
         """Bytes in and out. `exact`: the output will have just these bytes; else they are an upper bound."""
         folder, shards, index = self.source.reader.folder, self.plan.shards, b""
         if len(shards) > 1:
             by_name = {name: shard.file for shard in shards for name in (*shard.fixed, *shard.appended)}
             index = index_text(by_name, {"total_size": self.plan.weight_bytes})
-        others = (
-            len(config_text(self.source)) + len(index) + planned_manifest_bytes(self.source, self.recipe, self.plan)
-        )
+        others = len(config_text(self.source)) + len(index) + self.manifest_bytes
         return {
             "source_bytes": sum((folder / file).stat().st_size for file in self.source.reader.files),
             "expert_bytes": self.plan.expert_bytes,
@@ -143,7 +146,7 @@ def run(conversion: Conversion) -> dict[str, Any]:
             for name in result["hashes"]
         }
         write_file(folder / INDEX, index_text(by_name, {"total_size": sum(result["bytes"] for result in results)}))
-    write_file(folder / MANIFEST, manifest_text(manifest, planned_manifest_bytes(source, conversion.recipe, plan)))
+    write_file(folder / MANIFEST, manifest_text(manifest, conversion.manifest_bytes))
     publish(folder, conversion.out, options)
     return manifest
 

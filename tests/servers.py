@@ -46,7 +46,7 @@ class _Handler(BaseHTTPRequestHandler):
     web: Web
 
     def log_message(self, *_: object) -> None:
-        pass
+        """Nothing: stderr is the test's."""
 
     def do_HEAD(self) -> None:
         self._serve(body=False)
@@ -247,7 +247,7 @@ class _Google(BaseHTTPRequestHandler):
     web: "Google"
 
     def log_message(self, *_: object) -> None:
-        pass
+        """Nothing: stderr is the test's."""
 
     def _answer(self, status: int, body: object = b"", **headers: str) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -389,7 +389,7 @@ def bucket_server() -> Iterator[Bucket]:
 
     class Quiet(WSGIRequestHandler):
         def log(self, *_: object) -> None:
-            pass
+            """Nothing: stderr is the test's."""
 
     server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Quiet)
     bucket.endpoint = f"http://127.0.0.1:{server.server_port}"

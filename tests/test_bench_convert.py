@@ -250,7 +250,7 @@ def test_cold(model, tmp_path):
 
 def test_dropped_pages_come_from_the_disk(model):
     if bench_convert.disk_of(model).startswith("tmpfs"):
-        pytest.skip("no disk")
+        pytest.skip("the temporary folder is memory (tmpfs): its pages have no disk to come from")
 
     def from_disk() -> int:
         lines = Path("/proc/self/io").read_text().splitlines()

@@ -183,7 +183,10 @@ def keep_of_blocks(keys, n, m, kept):
 
 @njit(nogil=True, cache=True)
 def largest_of_blocks(keys, n, m, columns):
-    """uint32 [rows, in] -> int32 [rows, kept]: the n largest keys of every m consecutive (a shorter tail keeps min(n, tail))."""
+    """uint32 [rows, in] -> int32 [rows, kept]: the n largest keys of every m consecutive (a shorter tail keeps min(n, tail)).
+
+    The plain definition: n_of_m.keep, which conversions use, is tested against it.
+    """
     kept, found = np.empty(keys.shape[1], np.uint8), np.empty(keys.shape[1] + 1, np.int32)
     for row in range(keys.shape[0]):
         keep_of_blocks(keys[row], n, m, kept)

@@ -13,10 +13,12 @@ from typing import Annotated
 import typer
 
 from . import __version__, commands
-from .errors import DersError, Interrupted
+from .errors import DersError, Interrupted, in_words
 from .registry import discover
+from .report import visible
 
 SCHEMA = 1
+INTERRUPTED = 130
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
@@ -46,32 +48,53 @@ for _name, _command in discover(commands, "COMMAND").items():
         app.command(_name, context_settings=CONTEXT)(_command)
 
 
+_interrupted: list[int] = []  # signals of this run
+
+
 def _interrupt(number: int, frame: object) -> None:
-    raise Interrupted
+    """The first signal unwinds the command; the next one, if that takes too long or was lost on the way, ends it at once."""
+    _interrupted.append(number)
+    if len(_interrupted) == 1:
+        raise Interrupted
+    os._exit(INTERRUPTED)
 
 
 def main() -> None:
-    """Entry point of `ders`."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    """Run the command line in this process, and end it. `__main__` is the entry point."""
+    _interrupted.clear()
     debug = "--debug" in sys.argv[1:]
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        app()
-    except SystemExit as stop:
-        if stop.code == 2 and "--json" in sys.argv:  # Typer has said on stderr what is wrong with the command line
-            print(json.dumps({"schema": SCHEMA, "error": {"message": "usage: see stderr", "exit_code": 2}}))
-        raise
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _interrupt)
+        try:
+            app()
+        except SystemExit as stop:
+            if stop.code == 2 and "--json" in sys.argv:  # Typer has said on stderr what is wrong with the command line
+                print(json.dumps({"schema": SCHEMA, "error": {"message": "usage: see stderr", "exit_code": 2}}))
+            sys.stdout.flush()
+            raise
     except DersError as error:
         _fail(str(error), error.exit_code, debug)
     except Interrupted:
-        _fail("interrupted; an unfinished output keeps the name OUT.partial, --resume continues it", 130, debug)
+        _fail("interrupted; an unfinished output keeps the name OUT.partial, --resume continues it", INTERRUPTED, debug)
+    except BrokenPipeError as error:
+        if error.filename is not None:
+            raise
+        _mute()  # whoever read our output has gone: nobody is there to tell
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        _fail(f"{error.filename or 'output'}: {error.strerror}", 1, debug)
+        _fail(in_words(error), 1, debug)
     except MemoryError:
         _fail("out of memory; fewer --jobs need less", 1, debug)
+
+
+def _mute() -> None:
+    """What is still to be written to stdout is thrown away."""
+    if sys.stdout is sys.__stdout__:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _fail(message: str, code: int, debug: bool) -> None:
@@ -80,10 +103,14 @@ def _fail(message: str, code: int, debug: bool) -> None:
         import traceback
 
         traceback.print_exc()
-    if "--json" in sys.argv:
-        print(json.dumps({"schema": SCHEMA, "error": {"message": message, "exit_code": code}}))
+    message = visible(message)
     print(f"ders: {message}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    if code == 130:
+    try:
+        if "--json" in sys.argv:
+            print(json.dumps({"schema": SCHEMA, "error": {"message": message, "exit_code": code}}))
+        sys.stdout.flush()
+    except OSError:
+        _mute()
+    if code == INTERRUPTED:
         os._exit(code)  # worker threads may still hold blocks; there is nothing to save
     sys.exit(code)

@@ -38,7 +38,10 @@ class Base(ABC):
     def check(self, group: ExpertGroup) -> None:  # noqa: B027 (nothing can be wrong with a mean)
         """Raise what `rows` would, from headers alone."""
 
-    def close(self) -> None:  # noqa: B027 (a mean has nothing open)
+    def check_unchanged(self) -> None:  # noqa: B027 (a mean has nothing open)
+        """Raise DersError if a file that is read for it is not what it was when it was opened."""
+
+    def close(self) -> None:  # noqa: B027
         """What was opened for it."""
 
 
@@ -87,6 +90,9 @@ class DenseBase(Base):
         self.folder, self.address, self._reader = reader.folder, reader.address, reader
         self.folders = (reader.folder,)
         self.label = f"dense:{self.folder.resolve().name}"
+
+    def check_unchanged(self) -> None:
+        self._reader.check_unchanged()
 
     def close(self) -> None:
         self._reader.close()

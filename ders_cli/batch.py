@@ -7,7 +7,6 @@ is skipped, an unfinished one is resumed. A model that fails is noted, and the n
 """
 
 import glob
-import json
 import os
 import shlex
 import sys
@@ -25,13 +24,13 @@ from . import convert
 from .base import Base, DenseBase
 from .checkpoint.manifest import MANIFEST, is_ders
 from .conversion_command import SCHEMA, choose_recipe, convert_model, finished
-from .errors import DersError, Interrupted, UsageError
+from .errors import DersError, Interrupted, UsageError, in_words
 from .layouts import ExpertGroup
 from .options import RunOptions
 from .output import Options, place_output
 from .recipe import Recipe
 from .remote.address import is_remote, normal, open_store
-from .report import human_bytes, print_table
+from .report import human_bytes, print_json, print_table
 from .source import DersSource, Source, open_source
 
 FAILED, INTERRUPTED = 1, 130  # exit codes; each model's own is in the table
@@ -160,7 +159,7 @@ def _one(command: str, job: Job, recipe: Recipe, run: RunOptions) -> dict[str, A
     except MemoryError:
         return _failure("out of memory; fewer --jobs need less", FAILED)
     except OSError as error:
-        return _failure(f"{error.filename or 'output'}: {error.strerror or error}", FAILED)
+        return _failure(in_words(error), FAILED)
     except Exception as error:  # a fault of ders with one model is no reason to leave out the others
         traceback.print_exc()
         return _failure(f"{type(error).__name__}: {error}", FAILED)
@@ -234,7 +233,7 @@ def _state(result: dict[str, Any]) -> str:
 
 def _report(command: str, results: list[dict[str, Any]], run: RunOptions) -> None:
     if run.as_json:
-        print(json.dumps({"schema": SCHEMA, "command": command, "batch": results}, indent=1))
+        print_json({"schema": SCHEMA, "command": command, "batch": results})
     elif run.quiet:
         print("\n".join(result["output"] for result in results if not result["exit_code"]))
     else:

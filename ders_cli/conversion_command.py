@@ -1,6 +1,6 @@
 """What compress, decompose, sparsify and quantize have in common: from parsed options to a written report."""
 
-import json
+import math
 import sys
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
 from .options import RunOptions
-from .report import human_bytes, print_table
+from .report import human_bytes, print_json, print_table
 
 if TYPE_CHECKING:  # nothing heavy is imported until a command runs
     from .convert import Conversion
@@ -34,7 +34,7 @@ def convert_command(
     out, options = place_output(output, model, ending, run.options())
     document = convert_model(command, model, out, options, recipe, run)
     if run.as_json:
-        print(json.dumps(document, indent=1))
+        print_json(document)
     elif run.dry_run:
         _print_plan(document)
     elif not run.quiet:
@@ -82,6 +82,7 @@ def _planned(command: str, conversion: "Conversion", dry_run: bool = True) -> di
 
 def finished(command: str, conversion: "Conversion", manifest: dict[str, Any]) -> dict[str, Any]:
     """The document of a conversion whose output stands there; `manifest`: its ders.json."""
+    from .carried import changed
     from .output import left_behind, output_bytes
 
     return _planned(command, conversion, dry_run=False) | {
@@ -89,7 +90,7 @@ def finished(command: str, conversion: "Conversion", manifest: dict[str, Any]) -
         "bytes": manifest["bytes"],
         "errors": _worst_errors(manifest),
         "output_bytes": output_bytes(conversion.out, conversion.options),
-        "warnings": _warnings(manifest),
+        "warnings": [*changed(conversion.source), *_warnings(manifest)],
         "left_behind": left_behind(conversion.source.reader.folder),
     }
 
@@ -98,7 +99,8 @@ def _worst_errors(manifest: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Per projection the mean and the worst relative error, over all experts and layers."""
     found: dict[str, dict[str, float]] = {}
     for projection in dict.fromkeys(entry["projection"] for entry in manifest["groups"]):
-        errors = [m["error"] for e in manifest["groups"] if e["projection"] == projection for m in e["members"]]
+        entries = [entry for entry in manifest["groups"] if entry["projection"] == projection]
+        errors = [_numbers(member["error"]) for entry in entries for member in entry["members"]]
         weight = [error["weight"] for error in errors]
         found[projection] = {
             "weight_mean": sum(weight) / len(weight),
@@ -109,10 +111,16 @@ def _worst_errors(manifest: dict[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
+def _numbers(error: dict[str, float | None]) -> dict[str, float]:
+    """An expert's errors; ders.json has null for one that is infinite: relative to an expert of zeros."""
+    return {name: math.inf if value is None else value for name, value in error.items()}
+
+
 def _warnings(manifest: dict[str, Any]) -> list[str]:
     """What the numbers say against this conversion: experts that are not alike."""
-    members = [member["error"] for entry in manifest["groups"] for member in entry["members"]]
-    sizes = [error["weight"] / error["delta"] for error in members if error["delta"] > 0]  # |D| / |W|
+    members = [_numbers(member["error"]) for entry in manifest["groups"] for member in entry["members"]]
+    measured = [error for error in members if error["delta"] > 0 and math.isfinite(error["weight"])]
+    sizes = [error["weight"] / error["delta"] for error in measured]  # |D| / |W|
     if sizes and sum(sizes) / len(sizes) > UNLIKE:
         share = f"{sum(sizes) / len(sizes):.0%}"
         return [

@@ -20,16 +20,17 @@ import numpy as np
 
 from . import __version__
 from .base import Base, DenseBase, make_base
+from .carried import copy_carried
 from .checkpoint.manifest import MANIFEST, file_names, index_text, manifest_text, write_file
 from .checkpoint.reader import INDEX
 from .checkpoint.tensor import TensorSpec
 from .checkpoint.writer import ShardWriter
 from .convert_group import convert_group
-from .describe import config_text, describe, planned_manifest_bytes
+from .describe import config_text, describe, file_hash, planned_manifest_bytes
 from .engines import local
-from .errors import UnsupportedError, UsageError
-from .output import OWN, Options, begin, carry, check_space, copy_file, publish, refuse_occupied
-from .plan import GUARD_TEXT, Plan, Unit, make_plan
+from .errors import CheckpointError, UnsupportedError, UsageError
+from .output import OWN, Options, begin, carry, check_space, publish, refuse_occupied
+from .plan import GUARD_TEXT, Plan, ShardPlan, Unit, make_plan
 from .recipe import Recipe
 from .report import Progress, human_bytes, shown
 from .source import DersSource, Source
@@ -52,6 +53,12 @@ class Conversion:
     def manifest_bytes(self) -> int:
         """The size that ders.json will have: a second of work where there are 70,000 matrices."""
         return planned_manifest_bytes(self.source, self.recipe, self.plan)
+
+    def check_unchanged(self) -> None:
+        """Raise DersError if a file that is read is not what it was when it was opened."""
+        self.source.check_unchanged()
+        if self.base is not None:
+            self.base.check_unchanged()
 
     def totals(self) -> dict[str, Any]:
         """Bytes in and out. `exact`: the output will have just these bytes; else they are an upper bound."""
@@ -125,19 +132,24 @@ def run(conversion: Conversion) -> dict[str, Any]:
     source, plan, options = conversion.source, conversion.plan, conversion.options
     check_space(conversion.out, conversion.totals()["output_bytes"] - plan.stream_bound, options)
     codecs = json.dumps([unit.codec.config for unit in plan.units])  # a source may have a say in them
-    folder = begin(
-        conversion.out,
-        options,
-        fingerprint(source, conversion.recipe, options, conversion.base)
-        | {"form": hashlib.sha256(codecs.encode()).hexdigest()},
-    )
-    total = plan.expert_bytes + sum(spec.nbytes for spec in source.copied.values())
-    with shown(f"writing {conversion.out.name}", total, options.quiet) as progress:
-        job = partial(_shard, conversion, folder)
-        results = options.run_shards(job, len(plan.shards), folder, options.jobs, progress)
-    for path in carry(source.reader.folder):
-        copy_file(path, folder / path.name)
-    manifest = describe(source, conversion.recipe, plan, results)
+    mark = fingerprint(source, conversion.recipe, options, conversion.base)
+    mark["form"] = hashlib.sha256(codecs.encode()).hexdigest()
+    with begin(conversion.out, options, mark) as folder:
+        total = plan.expert_bytes + sum(spec.nbytes for spec in source.copied.values())
+        with shown(f"writing {conversion.out.name}", total, options.quiet) as progress:
+            job = partial(_shard, conversion, folder)
+            results = options.run_shards(job, len(plan.shards), folder, options.jobs, progress)
+        manifest = _write_rest(conversion, folder, results)
+        conversion.check_unchanged()
+        publish(folder, conversion.out, options)
+    return manifest
+
+
+def _write_rest(conversion: Conversion, folder: Path, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Everything but the weight files; returns ders.json's content."""
+    source = conversion.source
+    copy_carried(source, folder)
+    manifest = describe(source, conversion.recipe, conversion.plan, results, lambda path: file_hash(folder / path.name))
     write_file(folder / "config.json", config_text(source))
     if len(results) > 1:
         by_name = {
@@ -147,55 +159,89 @@ def run(conversion: Conversion) -> dict[str, Any]:
         }
         write_file(folder / INDEX, index_text(by_name, {"total_size": sum(result["bytes"] for result in results)}))
     write_file(folder / MANIFEST, manifest_text(manifest, conversion.manifest_bytes))
-    publish(folder, conversion.out, options)
     return manifest
 
 
-def fingerprint(source: Source, recipe: Recipe, options: Options, base: Base | None = None) -> dict[str, str]:
-    """What must be the same for a run to be continued."""
-    stats = []
-    for folder in (*source.folders, *(base.folders if base else ())):
-        files = sorted(path for path in folder.iterdir() if path.is_file() and path.name.endswith(MARKED))
-        stats += [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+def fingerprint(source: Source, recipe: Recipe, options: Options, base: Base | None = None) -> dict[str, Any]:
+    """What must be the same for a run to be continued; a dictionary's items are named where they differ."""
+    files = {}
+    for number, folder in enumerate((*source.folders, *(base.folders if base else ()))):
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and path.name.endswith(MARKED):
+                stat = path.stat()
+                files[f"{number}:{path.name}" if number else path.name] = [stat.st_size, stat.st_mtime_ns]
     headers = [header.text for header in source.reader.headers.values()]
     return {
         "version of ders": __version__,
-        "recipe": hashlib.sha256(recipe.model_dump_json().encode()).hexdigest(),
-        "source": hashlib.sha256(repr([stats, headers]).encode()).hexdigest(),
+        "recipe": recipe.model_dump(mode="json"),
+        "source": files | {"headers": hashlib.sha256(repr(headers).encode()).hexdigest()},
         "shard size": str(options.max_shard_bytes),
         "upcycling": json.dumps(source.upcycling),
     }
 
 
 def _shard(conversion: Conversion, folder: Path, number: int, progress: Progress) -> dict[str, Any]:
-    """Write one shard, or take it as the last run left it; its result: {"hashes", "groups", "sizes", "bytes"}."""
-    source, shard = conversion.source, conversion.plan.shards[number]
-    record = folder / f"{OWN}{shard.file}.json"
-    if conversion.options.resume and record.exists() and conversion.options.target.has(folder / shard.file):
-        return json.loads(record.read_text())
-    writer = ShardWriter(folder / shard.file, shard.fixed, shard.appended, slices=shard.slices)
+    """Write one shard, or what the last run left to do of it; its result: {"hashes", "groups", "sizes", "bytes"}."""
+    source, options, shard = conversion.source, conversion.options, conversion.plan.shards[number]
+    path, record = folder / shard.file, folder / f"{OWN}{shard.file}.json"
+    if options.resume and (result := _finished(options, path, record)):
+        progress.advance(_work(source, shard))
+        return result
+    journal = folder / f"{OWN}{shard.file}.journal"
+    writer = ShardWriter(path, shard.fixed, shard.appended, b"", shard.slices, journal, options.resume)
     try:
         spools = [writer.spool(number) for number in range(len(shard.units))]
-        tasks = [([name], partial(_copy, source, writer, name, progress)) for name in shard.copied]
+        tasks = []
+        for name in shard.copied:
+            tasks.append(([name], partial(_copy, source, writer, name, progress)))
         for unit, spool in zip(shard.units, spools, strict=True):
-            convert = partial(
-                convert_group, source, conversion.base, conversion.recipe.seed, unit, writer, spool, progress
-            )
-            tasks.append((source.tensors_of(unit.group), convert))
-        entries = _in_file_order(source, tasks, conversion.options.jobs)[len(shard.copied) :]
+            tasks.append((source.tensors_of(unit.group), partial(_convert, conversion, unit, writer, spool, progress)))
+        entries = _in_file_order(source, tasks, options.jobs)[len(shard.copied) :]
         for name in shard.guards:
             writer.write(name, 0, np.frombuffer(GUARD_TEXT, np.uint8))
         for unit, spool in zip(shard.units, spools, strict=True):
-            _append_stream(writer, unit, spool)
+            for name in (name for name, spec in unit.parts.items() if spec is None):
+                writer.append_spool(name, spool)
         sizes = {name: writer.tensors[name].nbytes for name in shard.appended}
-        result = {"hashes": writer.hashes(), "groups": entries, "sizes": sizes}
-        result["bytes"] = writer.close()
+        hashes = writer.hashes()
+        if isinstance(source, DersSource):
+            _refuse_damaged(source, shard, hashes)
+        result = {"hashes": hashes, "groups": entries, "sizes": sizes, "bytes": writer.nbytes}
+        conversion.check_unchanged()
+        write_file(
+            record, json.dumps(result).encode()
+        )  # before the shard has its name: a shard without a record is none
+        writer.close()
     except BaseException:
         writer.abandon()
         raise
-    conversion.options.target.put(folder / shard.file)
-    write_file(record, json.dumps(result).encode())
+    options.target.put(path)
+    journal.unlink(missing_ok=True)
     return result
+
+
+def _refuse_damaged(source: DersSource, shard: ShardPlan, hashes: dict[str, list[str]]) -> None:
+    """Raise CheckpointError where a copied tensor is not what the source's ders.json notes."""
+    for name in shard.copied:
+        if hashes[name] != source.manifest["tensors"][name]:
+            raise CheckpointError(
+                f"{name}: its bytes do not have the hash in ders.json; {source.reader.address} is damaged"
+            )
+
+
+def _finished(options: Options, path: Path, record: Path) -> dict[str, Any] | None:
+    """The result of a shard that the last run finished; one that it had not sent yet is sent."""
+    if not record.exists():
+        return None
+    if path.exists() and not options.target.has(path):
+        options.target.put(path)
+    return json.loads(record.read_text()) if options.target.has(path) else None
+
+
+def _work(source: Source, shard: ShardPlan) -> int:
+    """Bytes read for a shard, as progress counts them."""
+    experts = sum(TensorSpec(u.group.shape, u.group.dtype).nbytes * len(u.group.members) for u in shard.units)
+    return experts + sum(source.copied[name].nbytes for name in shard.copied)
 
 
 def _in_file_order(source: Source, tasks: Sequence[tuple[list[str], Callable[[], Any]]], jobs: int) -> list[Any]:
@@ -212,20 +258,27 @@ def _in_file_order(source: Source, tasks: Sequence[tuple[list[str], Callable[[],
 
 
 def _copy(source: Source, writer: ShardWriter, name: str, progress: Progress) -> None:
-    at = 0
-    for chunk in source.chunks(name):
-        writer.write(name, at, chunk)
-        at += chunk.nbytes
-        progress.advance(chunk.nbytes)
+    key, at = f"copied {name}", 0
+    if key in writer.finished:
+        progress.advance(source.copied[name].nbytes)
+    else:
+        for chunk in source.chunks(name):
+            writer.write(name, at, chunk)
+            at += chunk.nbytes
+            progress.advance(chunk.nbytes)
+        writer.finish(key, [name])
     source.reader.done(name)
 
 
-def _append_stream(writer: ShardWriter, unit: Unit, spool: Path) -> None:
-    """Move a unit's spooled stream behind the shard's fixed part."""
-    for name in (name for name, spec in unit.parts.items() if spec is None):
-        with spool.open("rb") as file:
-            spec = TensorSpec((spool.stat().st_size,), "U8")
-            writer.append(
-                name, spec, (np.frombuffer(data, np.uint8) for data in iter(partial(file.read, 4 << 20), b""))
-            )
-        spool.unlink()
+def _convert(
+    conversion: Conversion, unit: Unit, writer: ShardWriter, spool: Path, progress: Progress
+) -> dict[str, Any]:
+    """A group's entry for ders.json: from the journal if it is written already."""
+    source, group, key = conversion.source, unit.group, f"group {unit.group.name}"
+    if key in writer.finished:
+        progress.advance(TensorSpec(group.shape, group.dtype).nbytes * len(group.members))
+        source.done(group, range(len(group.members)))
+        return writer.finished[key]
+    entry = convert_group(source, conversion.base, conversion.recipe.seed, unit, writer, spool, progress)
+    writer.finish(key, [name for name, spec in unit.parts.items() if spec is not None], entry)
+    return entry

@@ -81,8 +81,21 @@ def convert_group(
             raise CheckpointError(
                 f"{group.name}, expert {label}: coded by {codec.term} it passes the range of {group.dtype}; use exact"
             )
+    found = [digest.hexdigest() for digest in came]
+    if isinstance(source, DersSource):
+        _refuse_damaged(source, group, found)
     errors = [differing.errors() for differing in differences]
-    return group_entry(unit, [h.hexdigest() for h in came], [h.hexdigest() for h in restored], errors)
+    return group_entry(unit, found, [digest.hexdigest() for digest in restored], errors)
+
+
+def _refuse_damaged(source: DersSource, group: ExpertGroup, found: list[str]) -> None:
+    """Raise CheckpointError where an expert did not decode to what its ders.json notes: it would be converted as it is."""
+    for (label, _), digest in zip(group.members, found, strict=True):
+        if digest != source.noted(group, label)["restored_hash"]:
+            raise CheckpointError(
+                f"{group.name}, expert {label}: does not decode to what was stored; {source.reader.address} is damaged "
+                "(`ders verify` says where)"
+            )
 
 
 def _block_rows(group: ExpertGroup) -> int:
@@ -136,5 +149,6 @@ def _name_nonfinite(error: NonFiniteError, group: ExpertGroup, block: slice, rea
                 f"{group.projection} matrix {list(group.shape)}; only --delta exact keeps such values"
             )
     return CheckpointError(
-        f"{group.name}: base and difference from it pass the range of fp32 at [{error.row}, {error.column}]; use --delta exact"
+        f"{group.name}: row {error.row}, column {error.column}: the difference from the base, or what stands for it, passes the "
+        "range of its numbers; use --delta exact"
     )

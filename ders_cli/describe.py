@@ -4,6 +4,7 @@ docs/format.md has the fields. Built twice: once from placeholders, to know its 
 """
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,9 @@ def describe(
     recipe: Recipe,
     plan: Plan,
     results: list[dict[str, Any]],
-    hash_of: Callable[[Path], str] | None = None,
+    hash_of: Callable[[Path], str],
 ) -> dict[str, Any]:
     """ders.json, but for its checksum. `hash_of` a carried file: its BLAKE3, unless a plan only asks for the size."""
-    hash_of = hash_of or file_hash
     streams = [r["sizes"][name] for r, shard in zip(results, plan.shards, strict=True) for name in shard.appended]
     base = sum(TensorSpec(u.group.shape, u.group.dtype).nbytes for u in plan.units)
     deltas = sum(spec.nbytes for u in plan.units for spec in u.parts.values() if spec) - base + sum(streams)
@@ -99,7 +99,9 @@ def group_entry(unit: Unit, came: list[str], restored: list[str], errors: list[d
             "strides": [view.row_stride, view.column_stride],
             "source_hash": source_hash,
             "restored_hash": restored_hash,
-            "error": error,
+            "error": {
+                name: value if math.isfinite(value) else None for name, value in error.items()
+            },  # JSON has no infinity
         }
         for (label, view), source_hash, restored_hash, error in zip(group.members, came, restored, errors, strict=True)
     ]

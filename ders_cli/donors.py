@@ -6,22 +6,28 @@ is taken as one, exactly: `left` = scale * B, `right` = A.
 """
 
 import math
+import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ders_kernels.cpu_ops import floats
 
-from .checkpoint.reader import CheckpointReader, read_header, read_json, read_view
-from .checkpoint.tensor import FLOATS, STORAGE
+from .checkpoint.files import open_regular, read_at
+from .checkpoint.reader import MAX_CONFIG_BYTES, NOT_FINITE, CheckpointReader, header_of, read_json, read_view
+from .checkpoint.tensor import FLOATS, STORAGE, TensorSpec
 from .errors import CheckpointError, UnsupportedError, UsageError
 from .layouts import MatrixView
 
 ADAPTER = "adapter_config.json"
+MOST_RANK = 1024  # or the matrix's longer side: an adapter is held in memory
+# A stranger's regular expression may take longer than anybody lives: one with repeated or doubled groups, or many repeats.
+MOST_PATTERN, SLOW = 200, re.compile(r"\)[*+{]|\\[0-9]|\(\?|([*+{?].*){4}|(\|.*){4}")
 LORA = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 # settings that change what an adapter computes, and the values with which it is plain LoRA (peft 0.21's LoraConfig)
 PLAIN: dict[str, tuple[Any, ...]] = {
@@ -73,7 +79,7 @@ class Adapter:
 
     def __init__(self, folder: Path, ancestor: CheckpointReader, matrices: dict[str, MatrixView]):
         self.folder = folder
-        config = read_json(folder / ADAPTER, "an adapter's settings")
+        config = read_json(folder / ADAPTER, "an adapter's settings", MAX_CONFIG_BYTES, NOT_FINITE)
         for key, plain in PLAIN.items():
             if config.get(key, plain[0]) not in plain:
                 raise UnsupportedError(
@@ -87,7 +93,7 @@ class Adapter:
 
 
 def is_adapter(folder: Path) -> bool:
-    return (folder / ADAPTER).is_file()
+    return os.path.lexists(folder / ADAPTER)
 
 
 def open_donor(folder: Path, ancestor: CheckpointReader, matrices: dict[str, MatrixView]) -> FineTune | Adapter:
@@ -99,7 +105,7 @@ def open_donor(folder: Path, ancestor: CheckpointReader, matrices: dict[str, Mat
 
 def _read_factors(folder: Path, config: dict[str, Any], matrices: dict[str, MatrixView]) -> dict[str, Factors]:
     pairs: dict[str, dict[str, np.ndarray]] = {}
-    for name, values in _adapter_tensors(folder):
+    for name, spec, read in _adapter_tensors(folder):
         match = LORA.fullmatch(name)
         if match is None:
             raise UnsupportedError(
@@ -111,7 +117,14 @@ def _read_factors(folder: Path, config: dict[str, Any], matrices: dict[str, Matr
                 f"{folder}: {name}: changes {match[1]}, which is no FFN projection; an expert cannot hold that. "
                 "Merge this adapter into a fine-tune, or train one on the FFN alone"
             )
-        pairs.setdefault(tensor, {})[match[2]] = values
+        shape, most = matrices[tensor].shape, max(MOST_RANK, *matrices[tensor].shape)
+        side, rank = (shape[1], 0) if match[2] == "A" else (shape[0], 1)
+        if len(spec.shape) != 2 or not spec.size or spec.shape[1 - rank] != side or spec.shape[rank] > most:
+            form = f"[r, {side}]" if match[2] == "A" else f"[{side}, r]"
+            raise CheckpointError(
+                f"{folder}: {name}: expected a matrix {form} of a rank r of at most {most}, found {list(spec.shape)!r:.80}"
+            )
+        pairs.setdefault(tensor, {})[match[2]] = read()
     factors = {}
     for tensor, found in pairs.items():
         shape, a, b = matrices[tensor].shape, found.get("A"), found.get("B")
@@ -134,6 +147,8 @@ def _scale(config: dict[str, Any], module: str, rank: int, folder: Path) -> floa
     """alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732); patterns match the end of a module's path, as in peft."""
     alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
     try:
+        if bad := next((p for p in patterns.keys() if len(p) > MOST_PATTERN or SLOW.search(p)), None):
+            raise UnsupportedError(f"{folder / ADAPTER}: alpha_pattern: {bad!r:.80} could take for ever; write the name out")
         alpha = next((value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), alpha)
     except (AttributeError, re.error) as error:
         raise CheckpointError(f"{folder / ADAPTER}: alpha_pattern: expected names and numbers ({error})") from None
@@ -142,18 +157,26 @@ def _scale(config: dict[str, Any], module: str, rank: int, folder: Path) -> floa
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
-def _adapter_tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and fp32 values of adapter_model.safetensors."""
+def _adapter_tensors(folder: Path) -> Iterator[tuple[str, TensorSpec, Callable[[], np.ndarray]]]:
+    """Names and specs of adapter_model.safetensors, each with what reads its fp32 values."""
     path = folder / "adapter_model.safetensors"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise UnsupportedError(
             f"{folder}: no {path.name}; ders reads no pickles (.bin): save the adapter as safetensors"
         )
-    header, data = read_header(path), path.read_bytes()
-    for name, spec in header.tensors.items():
-        if spec.dtype not in FLOATS:
-            raise UnsupportedError(f"{path}: {name}: expected {', '.join(FLOATS)}, found {spec.dtype}")
-        bits = np.frombuffer(data, STORAGE[spec.dtype], spec.size, header.begins[name]) if spec.size else None
-        if bits is None or len(spec.shape) != 2:
-            raise CheckpointError(f"{path}: {name}: expected a matrix, found {list(spec.shape)}")
-        yield name, floats.widen(np.ascontiguousarray(bits).reshape(spec.shape), spec.dtype)
+    handle, stamp = open_regular(path, "an adapter's weights")
+
+    def read(name: str, spec: TensorSpec, begin: int) -> np.ndarray:
+        data = read_at(handle, path, begin, spec.nbytes)
+        if len(data) != spec.nbytes:
+            raise CheckpointError(f"{path}: ends inside {name}; it shrank while being read")
+        return floats.widen(np.frombuffer(data, STORAGE[spec.dtype]).reshape(spec.shape), spec.dtype)
+
+    try:
+        header = header_of(handle, path, stamp.size)
+        for name, spec in header.tensors.items():
+            if spec.dtype not in FLOATS:
+                raise UnsupportedError(f"{path}: {name}: expected {', '.join(FLOATS)}, found {spec.dtype}")
+            yield name, spec, partial(read, name, spec, header.begins[name])
+    finally:
+        os.close(handle)

@@ -3,6 +3,8 @@
 Anything that is not a DersError is a fault of ders and keeps its traceback.
 """
 
+import errno
+
 
 class DersError(Exception):
     """Something the user can mend; the command line prints it as one line and exits with `exit_code`."""
@@ -30,3 +32,26 @@ class UnsupportedError(DersError):
 
 class Interrupted(BaseException):
     """SIGINT or SIGTERM. Not a KeyboardInterrupt: Typer would catch that one and say nothing of the unfinished output."""
+
+
+_GOES_ON = "an unfinished output can be continued with --resume"
+REMEDIES = {
+    errno.ENOSPC: f"free some space, or -o names another disk; {_GOES_ON}",
+    errno.EDQUOT: f"free some space, or -o names another disk; {_GOES_ON}",
+    errno.EFBIG: "this file system or `ulimit -f` takes no file of this size; --max-shard-size makes smaller ones",
+    errno.EIO: f"the disk or the network's storage failed; look after it, then run again: {_GOES_ON}",
+    errno.ESTALE: f"the network's storage lost the file; run again: {_GOES_ON}",
+    errno.EROFS: "-o names another place",
+    errno.EACCES: "change its permissions, or name another place",
+    errno.EPERM: "change its permissions, or name another place",
+    errno.EMFILE: "raise the limit on open files with `ulimit -n`",
+    errno.ENFILE: "the whole machine has too many files open; run again later",
+    errno.ENOMEM: "fewer --jobs need less memory",
+}
+
+
+def in_words(error: OSError) -> str:
+    """An error of the operating system as one line: where, what, and what to do."""
+    found = f"{error.filename or 'output'}: {error.strerror or error}"
+    remedy = REMEDIES.get(error.errno)
+    return f"{found}; {remedy}" if remedy else found

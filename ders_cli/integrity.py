@@ -115,8 +115,9 @@ def _finite(source: Source, group: ExpertGroup, progress: Progress) -> Found:
     for i, (label, view) in enumerate(group.members):
         problem, zero = "", True
         for rows in source.blocks(group):
-            values = floats.widen(source.read(group, i, rows), group.dtype)
-            zero &= not values.any()
+            bits = source.read(group, i, rows)
+            values = floats.widen(bits, group.dtype)
+            zero &= not (bits << 1).any()  # but for the sign; as numbers, numpy warns of NaNs
             bad = floats.first_nonfinite(values)
             if bad >= 0 and not problem:
                 row, column = rows.start + bad // group.shape[1], bad % group.shape[1]

@@ -323,7 +323,7 @@ def _counts(row: Architecture, config: Mapping[str, Any]) -> dict[int, str]:
     for key in (PER_LAYER, *row.counts):
         for value in _values(config, key):
             for count in value if isinstance(value, list) else [value]:
-                if isinstance(count, int) and count > 0:
+                if type(count) is int and count > 0:  # True is no number
                     counts.setdefault(count, key)
     return counts
 

@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .checkpoint.lock import locked, refuse_locked
 from .checkpoint.manifest import MANIFEST, write_file
 from .checkpoint.reader import INDEX, LEFT_BEHIND, NOT_READ
 from .checkpoint.writer import fsync_folder
@@ -23,6 +25,10 @@ RunShards = Callable[[Callable[[int, Progress], Any], int, Path, int, Progress],
 # What a run keeps for itself in OUT.partial. Files whose names begin with a dot are never carried from a source.
 OWN = ".ders-"
 MARK = OWN + "plan.json"
+LOCK = OWN + "lock"
+REPLACED = (
+    ".ders-replaced"  # OUT.ders-replaced: the old output, between the two renames that put the new one in its place
+)
 
 
 @dataclass(frozen=True)
@@ -100,13 +106,19 @@ def refuse_occupied(out: Path, options: Options, *inputs: Path, addresses: Itera
     """Raise UsageError if something stands where the output goes and may not be replaced; an input never may."""
     if isinstance(options.target, Upload):
         options.target.refuse_occupied(options.overwrite, options.resume, addresses)
-    partial = partial_of(out)
     for path in (path.resolve() for path in inputs):
-        for place in (out, partial):
+        for place in (out, partial_of(out), replaced_of(out)):
             if place == path or place in path.parents:
                 raise UsageError(f"{place}: the input {path} stands there; -o names another place")
     if out == Path.cwd() or out in Path.cwd().parents:
         raise UsageError(f"{out}: is the current folder or above it; -o names another place")
+    refuse_locked(partial_of(out), LOCK)
+    _refuse_standing(out, options)
+
+
+def _refuse_standing(out: Path, options: Options) -> None:
+    """Raise UsageError if a folder of files stands at OUT or OUT.partial and may not be replaced or continued."""
+    partial = partial_of(out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: a file stands here; expected a folder to write")
     if out.exists() and any(out.iterdir()):
@@ -119,14 +131,19 @@ def refuse_occupied(out: Path, options: Options, *inputs: Path, addresses: Itera
     if partial.exists() or partial.is_symlink():
         if partial.is_symlink() or not partial.is_dir() or _is_strange(partial):
             raise UsageError(f"{partial}: is no unfinished run of ders; remove it yourself, or -o names another place")
-        if not options.resume and not options.overwrite:
+        if _begun(partial) and not options.resume and not options.overwrite:
             where = partial if options.target.shown(out) == str(out) else options.target.shown(out)
             raise UsageError(f"{where}: an unfinished run stands here; --resume continues it, --overwrite starts again")
 
 
+def _begun(partial: Path) -> bool:
+    """A run has left something here: one that was killed at once has not come to its mark."""
+    return (partial / MARK).is_file()
+
+
 def _is_strange(partial: Path) -> bool:
     """A folder that no run of ders has begun."""
-    return not (partial / MARK).is_file() and any(not path.name.startswith(OWN) for path in partial.iterdir())
+    return not _begun(partial) and any(not path.name.startswith(OWN) for path in partial.iterdir())
 
 
 def partial_of(out: Path) -> Path:
@@ -134,26 +151,68 @@ def partial_of(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def begin(out: Path, options: Options, fingerprint: dict[str, str]) -> Path:
-    """An empty OUT.partial, or the one to resume if it was begun with the same fingerprint; else UsageError."""
+def replaced_of(out: Path) -> Path:
+    """Where an output that is being replaced stands for a moment; a run killed in this moment leaves it there."""
+    return out.with_name(out.name + REPLACED)
+
+
+@contextmanager
+def begin(out: Path, options: Options, fingerprint: dict[str, Any]) -> Iterator[Path]:
+    """OUT.partial, which nobody else may write until the end of this: empty, or the one to resume.
+
+    Raises UsageError where the one to resume was begun with another fingerprint, LockedError where another run holds it.
+    """
     folder = partial_of(out)
     options.target.make_room()
-    if folder.exists() and options.resume:
-        found = _mark(folder)
-        differs = [key for key in fingerprint if found.get(key) != fingerprint[key]]
-        if differs:
-            raise UsageError(f"{folder}: was begun with another {' and '.join(differs)}; --overwrite starts again")
-        options.target.begin(folder / MARK, again=True)
-        return folder
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    write_file(folder / MARK, json.dumps(fingerprint).encode())
-    options.target.begin(folder / MARK, again=False)
-    return folder
+    with locked(folder, LOCK):
+        try:
+            _refuse_standing(out, options)  # again: another run may have ended meanwhile
+        except UsageError:
+            _leave_empty(folder)
+            raise
+        again = _begun(folder) and options.resume
+        if again:
+            if differs := _differences(_mark(folder), fingerprint):
+                raise UsageError(f"{folder}: was begun with another {differs}; --overwrite starts again")
+        else:
+            _clear(folder)
+            write_file(folder / MARK, json.dumps(fingerprint).encode())
+        options.target.begin(folder / MARK, again)
+        yield folder
 
 
-def _mark(folder: Path) -> dict[str, str]:
+def _leave_empty(folder: Path) -> None:
+    """Remove a folder in which there is nothing but the lock."""
+    if [path.name for path in folder.iterdir()] == [LOCK]:
+        (folder / LOCK).unlink()
+        folder.rmdir()
+
+
+def _differences(found: dict[str, Any], now: dict[str, Any]) -> str:
+    """What of a fingerprint is another one than was found, in words; "" if all is the same."""
+    words = []
+    for key, value in now.items():
+        old = found.get(key)
+        if old == value:
+            continue
+        words.append(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            names = [name for name in {**old, **value} if old.get(name) != value.get(name)]
+            shown = [f"{name}: {old.get(name)}, now {value.get(name)}" for name in names[:3]]
+            words[-1] += f" ({'; '.join(shown)}{' ...' * (len(names) > 3)})"
+    return " and ".join(words)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what another run left, all but its mark, which the next one replaces: there is always one beside files."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in (MARK, LOCK):
+            path.unlink()
+
+
+def _mark(folder: Path) -> dict[str, Any]:
     """The fingerprint of an unfinished run; empty if it cannot be read."""
     try:
         found = json.loads((folder / MARK).read_bytes())
@@ -170,7 +229,7 @@ def copy_file(path: Path, to: Path) -> None:
 
 
 def publish(folder: Path, out: Path, options: Options) -> None:
-    """Remove what only the run needed and rename OUT.partial to OUT; an OUT that may be replaced goes first.
+    """Rename OUT.partial to OUT, and only then remove what the run kept for itself; an OUT that may be replaced goes last.
 
     Where the output is sent elsewhere, the upload is finished and nothing stays here.
     """
@@ -180,10 +239,15 @@ def publish(folder: Path, out: Path, options: Options) -> None:
         options.target.publish([path for path in sorted(folder.iterdir()) if not path.name.startswith(OWN)])
         shutil.rmtree(out.parent)
         return
-    for left in folder.glob(OWN + "*"):
-        left.unlink(missing_ok=True)
     fsync_folder(folder)
+    replaced = replaced_of(out)
     if out.exists():
-        shutil.rmtree(out)
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        out.rename(replaced)
     folder.rename(out)
     fsync_folder(out.parent)
+    for left in sorted(out.glob(OWN + "*"), key=lambda path: path.name in (MARK, LOCK)):
+        left.unlink(missing_ok=True)
+    if replaced.exists():
+        shutil.rmtree(replaced)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
+from .carried import copy_carried
 from .checkpoint.manifest import index_text, write_file
 from .checkpoint.reader import INDEX
 from .checkpoint.tensor import TensorSpec
@@ -20,7 +21,7 @@ from .checkpoint.writer import ShardWriter, header_text
 from .engines import local
 from .errors import CheckpointError
 from .layouts import ExpertGroup
-from .output import Options, begin, carry, check_space, copy_file, publish
+from .output import OWN, Options, begin, carry, check_space, publish
 from .report import Progress, shown
 from .source import DersSource, Source
 
@@ -46,24 +47,24 @@ def planned_plain(source: Source) -> dict[str, Any]:
     }
 
 
-def write_plain(source: Source, out: Path, options: Options, fingerprint: dict[str, str], title: str) -> dict[str, Any]:
+def write_plain(source: Source, out: Path, options: Options, fingerprint: dict[str, Any], title: str) -> dict[str, Any]:
     """Write the folder; returns the bytes. The caller has checked that `out` may be written."""
     totals, form = planned_plain(source), source.form()
     check_space(out, totals["output_bytes"], options)
-    folder = begin(out, options, fingerprint)
     held: Held = defaultdict(list)
     for group in source.groups:
         for member, (_, view) in enumerate(group.members):
             held[view.tensor].append((group, member))
-    with shown(title, totals["output_bytes"], options.quiet) as progress:
-        job = partial(_file, source, folder, held, options)
-        options.run_shards(job, len(form["files"]), folder, options.jobs, progress)
-    for path in carry(source.reader.folder):
-        copy_file(path, folder / path.name)
-    write_file(folder / "config.json", form["config"].encode())
-    if (index := _index_bytes(form)) is not None:
-        write_file(folder / INDEX, index)
-    publish(folder, out, options)
+    with begin(out, options, fingerprint) as folder:
+        with shown(title, totals["output_bytes"], options.quiet) as progress:
+            job = partial(_file, source, folder, held, options)
+            options.run_shards(job, len(form["files"]), folder, options.jobs, progress)
+        copy_carried(source, folder)
+        write_file(folder / "config.json", form["config"].encode())
+        if (index := _index_bytes(form)) is not None:
+            write_file(folder / INDEX, index)
+        source.check_unchanged()
+        publish(folder, out, options)
     return totals
 
 
@@ -87,22 +88,46 @@ def _index_bytes(form: dict[str, Any]) -> bytes | None:
 
 
 def _file(source: Source, folder: Path, held: Held, options: Options, number: int, progress: Progress) -> None:
-    """One file of the original."""
+    """One file of the original, or what the last run left to do of it."""
     file, entry = list(source.form()["files"].items())[number]
-    if options.resume and options.target.has(folder / file):
+    path, journal = folder / file, folder / f"{OWN}{file}.journal"
+    if options.resume and path.exists() and not options.target.has(path):
+        options.target.put(path)
+    if options.resume and options.target.has(path):
+        progress.advance(_file_bytes(entry))
         return
-    writer = ShardWriter(folder / file, specs_of(entry), header=_header(entry))
+    writer = ShardWriter(path, specs_of(entry), header=_header(entry), journal=journal, resume=options.resume)
     try:
         tasks = [partial(_copy, source, writer, name, progress) for name in writer.tensors if name not in held]
         tasks += [
-            partial(_experts, source, writer, piece, progress) for piece in _pieces(writer.tensors, held, options.jobs)
+            partial(_experts, source, writer, piece, progress)
+            for piece in _pieces(writer.tensors, _left(writer, held, progress), options.jobs)
         ]
         local.run(tasks, options.jobs)
+        source.check_unchanged()
         writer.close()
     except BaseException:
         writer.abandon()
         raise
-    options.target.put(folder / file)
+    options.target.put(path)
+    journal.unlink(missing_ok=True)
+
+
+def _left(writer: ShardWriter, held: Held, progress: Progress) -> Held:
+    """The experts of each tensor of a file that are not written yet."""
+    left: Held = {}
+    for name in writer.tensors:
+        experts = held.get(name, [])
+        todo = [(group, member) for group, member in experts if _key(group, member) not in writer.finished]
+        for group, _ in experts[len(todo) :]:
+            progress.advance(TensorSpec(group.shape, group.dtype).nbytes)
+        if todo:
+            left[name] = todo
+    return left
+
+
+def _key(group: ExpertGroup, member: int) -> str:
+    return f"expert {group.members[member][0]} of {group.name}"
 
 
 def _pieces(names: Iterable[str], held: Held, jobs: int) -> list[Piece]:
@@ -132,7 +157,10 @@ def _parts(piece: Piece, held: Held, count: int) -> list[Piece]:
 
 
 def _copy(source: Source, writer: ShardWriter, name: str, progress: Progress) -> None:
-    digest, at = blake3(), 0
+    key, digest, at = f"copied {name}", blake3(), 0
+    if key in writer.finished:
+        progress.advance(writer.tensors[name].nbytes)
+        return
     for chunk in source.chunks(name):
         writer.write(name, at, chunk)
         digest.update(chunk)
@@ -141,6 +169,7 @@ def _copy(source: Source, writer: ShardWriter, name: str, progress: Progress) ->
     source.reader.done(name)
     if isinstance(source, DersSource) and [digest.hexdigest()] != source.manifest["tensors"][name]:
         raise CheckpointError(f"{name}: its bytes do not have the hash in ders.json; the checkpoint is damaged")
+    writer.finish(key, [])
 
 
 def _experts(source: Source, writer: ShardWriter, piece: Piece, progress: Progress) -> None:
@@ -155,6 +184,8 @@ def _experts(source: Source, writer: ShardWriter, piece: Piece, progress: Progre
         source.done(group, members)
         if isinstance(source, DersSource):
             _check(source, group, members, digests)
+        for member in members:
+            writer.finish(_key(group, member), [])
 
 
 def _check(source: DersSource, group: ExpertGroup, members: list[int], digests: list[blake3]) -> None:

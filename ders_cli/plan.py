@@ -78,7 +78,7 @@ class Plan:
 
 def natural(name: str) -> tuple[object, ...]:
     """Sort key that puts layer 10 after layer 9."""
-    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))
+    return tuple(int(part) if number % 2 else part for number, part in enumerate(re.split(r"(\d+)", name)))
 
 
 def unit_memory(unit: Unit) -> int:
@@ -103,11 +103,11 @@ def make_plan(source: Source, recipe: Recipe, base: Base | None, max_shard_bytes
     guard = TensorSpec((len(GUARD_TEXT),), "U8")
     items += [(natural(name), ("guard", name, guard)) for name in source.guards]
     items += [(natural(name), ("copied", name, spec)) for name, spec in source.copied.items()]
-    shards = fill_shards([item for _, item in sorted(items, key=lambda pair: pair[0])], max_shard_bytes)
-    names = [name for shard in shards for name in (*shard.fixed, *shard.appended)]
+    names = [*source.guards, *source.copied, *(name for unit in units for name in unit.parts)]
     if len(set(names)) != len(names):
         twice = next(name for name, times in Counter(names).items() if times > 1)
         raise UnsupportedError(f"{twice}: the source has a tensor of the name that the DeRS format would give")
+    shards = fill_shards([item for _, item in sorted(items, key=lambda pair: pair[0])], max_shard_bytes)
     expert_bytes = sum(TensorSpec(g.shape, g.dtype).nbytes * len(g.members) for g in source.groups)
     bound = sum(_stream_bound(unit) for unit in units)
     return Plan(tuple(units), tuple(source.copied), shards, expert_bytes, bound)

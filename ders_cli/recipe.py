@@ -25,6 +25,7 @@ from .errors import UsageError
 from .layouts import ExpertGroup
 
 MAX_RECIPE_BYTES = 1_000_000
+MAX_DEPTH, MAX_SCALAR = 16, 1000  # of lists and maps within each other; characters of a word, a number or a text
 
 
 class Rule(BaseModel):
@@ -55,17 +56,20 @@ class Recipe(BaseModel):
         """The codec of one group. Raises UsageError on a term that is no codec."""
         for rule in self.rules:
             if rule.matches(group):
-                return parse_codec(rule.delta, rule.group_size or self.group_size)
+                return parse_codec(rule.delta, self._group_size(rule))
         return parse_codec(self.delta, self.group_size)
 
     def check(self) -> None:
         """Raise UsageError for anything that would only show on the way."""
         parse_codec(self.delta, self.group_size)
         for rule in self.rules:
-            parse_codec(rule.delta, rule.group_size or self.group_size)
+            parse_codec(rule.delta, self._group_size(rule))
             layer_test(str(rule.layers))
-        if self.base.startswith("expert:") and not self.base[7:].isdecimal():
-            raise UsageError(f"base {self.base!r}: expected expert:N with a number, such as expert:0")
+        if self.base.startswith("expert:") and not (self.base[7:].isdecimal() and len(self.base) < 16):
+            raise UsageError(f"base {self.base!r:.80}: expected expert:N with a number, such as expert:0")
+
+    def _group_size(self, rule: Rule) -> int:
+        return self.group_size if rule.group_size is None else rule.group_size
 
 
 @lru_cache
@@ -74,13 +78,14 @@ def layer_test(text: str) -> Callable[[int], bool]:
     tests = {"all": lambda n: True, "even": lambda n: n % 2 == 0, "odd": lambda n: n % 2 == 1}
     if text in tests:
         return tests[text]
-    chosen: set[int] = set()
+    ranges = []
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) > 10_000:
-            raise UsageError(f"layers {text!r}: expected all, even, odd or numbers and ranges such as 0-3,31")
-        chosen |= set(range(int(first), int(last or first) + 1))
-    return chosen.__contains__
+        ends = (first, last or first)
+        if not all(end.isdecimal() and len(end) <= 5 and int(end) <= 10_000 for end in ends):
+            raise UsageError(f"layers {text!r:.80}: expected all, even, odd or numbers and ranges such as 0-3,31")
+        ranges.append((int(ends[0]), int(ends[1])))
+    return lambda n: any(first <= n <= last for first, last in ranges)
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -100,17 +105,32 @@ def load_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
         if path.stat().st_size > MAX_RECIPE_BYTES:
             raise UsageError(f"recipe {name}: {path.stat().st_size} bytes; expected at most {MAX_RECIPE_BYTES}")
         text = path.read_text()
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise UsageError(f"recipe {name}: YAML aliases (*name) are not taken; write the value out")
+        _check_form(name, text)
         fields = yaml.safe_load(text)
     except (FileNotFoundError, IsADirectoryError):
         known = ", ".join(shipped_recipes())
         raise UsageError(f"recipe {name}: no such file, and no published recipe of this name ({known})") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"recipe {name}: not YAML: {' '.join(str(error).split())}") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # what PyYAML raises where a scalar is not what its form or its tag says, such as 2001-99-99 or `!!int x`
+        raise UsageError(f"recipe {name}: a date, a number or a !!tag that YAML cannot read: {error!r:.80}") from None
     if not isinstance(fields, dict):
         raise UsageError(f"recipe {name}: expected keys and values, found {type(fields).__name__}")
     return make_recipe(fields | overrides, f"recipe {name}")
+
+
+def _check_form(name: str, text: str) -> None:
+    """Raise UsageError for YAML that takes more than reading: aliases, which multiply, and depth, for which parsing takes its square."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise UsageError(f"recipe {name}: YAML aliases (*name) are not taken; write the value out")
+        if depth > MAX_DEPTH or len(getattr(event, "value", None) or "") > MAX_SCALAR:
+            line = event.start_mark.line + 1
+            found = f"expected at most {MAX_DEPTH} levels and {MAX_SCALAR} characters a value, found more"
+            raise UsageError(f"recipe {name}, line {line}: {found}; is it a recipe?")
 
 
 def make_recipe(fields: dict[str, Any], where: str = "options") -> Recipe:
@@ -137,4 +157,6 @@ def _first_error(error: ValidationError) -> str:
         near = difflib.get_close_matches(key, fields, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(fields)}"
         return f"{place.removesuffix(key).rstrip('.') or 'top level'}: unknown key {key!r}; {hint}"
-    return f"{place}: {first['msg'].lower()}, found {first.get('input')!r:.60}"
+    number = type(first.get("input")) is int and first["loc"][-1:] == ("delta",)
+    hint = "; YAML takes N:M for a number, so put it in quotes: '2:4'" if number else ""
+    return f"{place}: {first['msg'].lower()}, found {first.get('input')!r:.60}{hint}"

@@ -1,9 +1,12 @@
 """What a person sees: sizes in words, tables, and progress on stderr where it is a terminal."""
 
+import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
+from typing import Any
 
 
 def human_bytes(count: float) -> str:
@@ -13,6 +16,14 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1000
     raise AssertionError
+
+
+def visible(text: str) -> str:
+    """A stranger's text for a terminal or a log: what is no letter, but moves the cursor, breaks the line, turns the writing
+    round or cannot be encoded, as its escape."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class Progress:
@@ -51,7 +62,7 @@ def shown(title: str, total: int, quiet: bool) -> Iterator[Progress]:
     from rich.progress import Progress as Bar
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -62,16 +73,30 @@ def shown(title: str, total: int, quiet: bool) -> Iterator[Progress]:
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    """One table on stdout; the first column left, the others right."""
+    """One table on stdout; the first column left, the others right. Cells are text: nothing in them is markup."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=Text(visible(title)), title_justify="left", title_style="bold")
     for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
+        table.add_column(Text(visible(name)), justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(visible(cell)) for cell in row))  # as it is: "[red]" is a name, no colour
     Console(width=None if _is_terminal() else 160).print(table)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """One JSON document on stdout. A number that JSON does not have, infinite or none, is null."""
+    print(json.dumps(_finite(document), indent=1, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_terminal() -> bool:

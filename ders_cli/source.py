@@ -3,6 +3,7 @@
 Both give the same groups and the same bits, so converting, restoring and verifying need not know which it is.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from ders_kernels.counter_rng import make_key
 
 from .checkpoint.manifest import index_text, is_ders, read_manifest
-from .checkpoint.reader import INDEX, CheckpointReader, read_view
+from .checkpoint.reader import CheckpointReader, read_view
 from .checkpoint.tensor import STORAGE, TensorSpec
 from .checkpoint.writer import header_text
 from .codecs import DeltaCodec, codec_from_config
@@ -83,6 +84,10 @@ class Source(ABC):
         """Row blocks in which this source reads a group well."""
         return row_blocks(group.shape, max(1, BLOCK_WEIGHTS // max(1, group.shape[1])))
 
+    def check_unchanged(self) -> None:
+        """Raise DersError if a file that is read is not what it was when it was opened."""
+        self.reader.check_unchanged()
+
     def close(self) -> None:
         self.reader.close()
 
@@ -134,7 +139,7 @@ class PlainSource(Source):
         index = None
         if reader.index:
             metadata = reader.index.get("metadata") or {}
-            text = (reader.folder / INDEX).read_bytes()
+            text = reader.index_text
             index = {"metadata": metadata}
             if text != index_text({name: place.file for name, place in reader.places.items()}, metadata):
                 index["text"] = text.decode()
@@ -144,7 +149,7 @@ class PlainSource(Source):
             "aliases": self.aliases,
             "files": files,
             "index": index,
-            "config": (reader.folder / "config.json").read_bytes().decode(),
+            "config": reader.config_text.decode(),
         }
 
 
@@ -191,7 +196,7 @@ class DersSource(Source):
     def noted(self, group: ExpertGroup, label: str) -> dict[str, Any]:
         """What ders.json says of one expert."""
         if group.name not in self._noted:
-            self._noted[group.name] = {member["label"]: member for member in self.entry(group)["members"]}
+            self._noted[group.name] = {member["label"]: _with_errors(member) for member in self.entry(group)["members"]}
         return self._noted[group.name][label]
 
     def part_specs(self, group: ExpertGroup) -> dict[str, TensorSpec]:
@@ -220,6 +225,10 @@ class DersSource(Source):
         for name in self.reader.tensors:
             if name not in self.manifest["tensors"]:
                 raise CheckpointError(f"{name}: stands in {self.reader.places[name].file} but not in ders.json")
+        sliced = {name: len(group.members) for group in self.groups for name in _sliced(group, self.codecs[group.name])}
+        for name, digests in self.manifest["tensors"].items():  # a wrong number would leave bytes that no hash covers
+            if len(digests) != sliced.get(name, 1):
+                raise CheckpointError(f"ders.json: {name}: {len(digests)} hashes, expected {sliced.get(name, 1)}")
 
     def blocks(self, group: ExpertGroup) -> Iterator[slice]:
         codec = self.codecs[group.name]
@@ -270,6 +279,11 @@ class DersSource(Source):
         return parts
 
 
+def _with_errors(member: dict[str, Any]) -> dict[str, Any]:
+    """A member's entry; an error that JSON has no number for is infinite: relative to an expert of zeros."""
+    return member | {"error": {name: math.inf if value is None else value for name, value in member["error"].items()}}
+
+
 def _read_flat(reader: CheckpointReader, name: str, flat: TensorSpec, first: int, count: int) -> np.ndarray:
     """Rows of a tensor whose two leading axes are taken as one."""
     out = np.empty((count, *flat.shape[1:]), STORAGE[flat.dtype])
@@ -284,6 +298,11 @@ def stored_parts(group: ExpertGroup, codec: DeltaCodec) -> dict[str, TensorSpec 
         on_disk = spec and TensorSpec((len(group.members), *spec.shape), spec.dtype)
         parts[f"{group.name}.delta.{part}"] = on_disk
     return parts
+
+
+def _sliced(group: ExpertGroup, codec: DeltaCodec) -> list[str]:
+    """The tensors of a group that have a hash for each expert (docs/format.md, section 6)."""
+    return [f"{group.name}.delta.{part}" for part, spec in codec.spec(group.shape).items() if spec is not None]
 
 
 def _groups_of(manifest: dict[str, Any]) -> tuple[tuple[ExpertGroup, ...], dict[str, DeltaCodec]]:

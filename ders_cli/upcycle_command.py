@@ -1,7 +1,6 @@
 """`ders upcycle` from parsed options to a printed report."""
 
 import hashlib
-import json
 import re
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from .errors import UsageError
 from .options import RunOptions
-from .report import human_bytes, print_table
+from .report import human_bytes, print_json, print_table
 
 SCHEMA = 1
 
@@ -164,7 +163,7 @@ def _print(document: dict[str, Any], run: RunOptions) -> None:
     if document["left_behind"] and not run.dry_run:
         print(f"ders: note: not carried along: {', '.join(document['left_behind'])}", file=sys.stderr)
     if run.as_json:
-        print(json.dumps(document, indent=1))
+        print_json(document)
         return
     if run.quiet:
         print(document["output"])

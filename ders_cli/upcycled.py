@@ -78,6 +78,12 @@ class UpcycledSource(Source):
         self._form = self._make_form(max_shard_bytes)
         self._users = Users(self.groups, self.tensors_of)
 
+    def check_unchanged(self) -> None:
+        self.reader.check_unchanged()
+        for donor in self.donors:
+            if isinstance(donor, FineTune):  # an adapter is in memory
+                donor.reader.check_unchanged()
+
     def close(self) -> None:
         for donor in self.donors:
             if isinstance(donor, FineTune):

@@ -249,8 +249,11 @@ def _problem(matched: Matched, noted: dict[str, Any] | None, output: dict[str, f
     if noted is None:
         view = dict(matched.group.members)[matched.label]
         return f"{view.tensor}: differs{said}: weight error {errors['weight']:.3g}, largest {errors['max_abs']:.3g}"
-    if not abs(errors["weight"] - noted["error"]["weight"]) <= NOTED * noted["error"]["weight"]:
-        return f"weight error {errors['weight']:.6g}, noted at conversion {noted['error']['weight']:.6g}{said}"
+    found, expected = errors["weight"], noted["error"]["weight"]
+    if (
+        found != expected and not abs(found - expected) <= NOTED * expected
+    ):  # both are infinite where the expert is all zeros
+        return f"weight error {found:.6g}, noted at conversion {expected:.6g}{said}"
     return ""
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 from .findings import Report
-from .report import print_table
+from .report import print_table, visible
 
 SHOWN = 40  # findings printed; --json has them all
 
@@ -12,7 +12,7 @@ SHOWN = 40  # findings printed; --json has them all
 def print_report(report: Report, quiet: bool) -> None:
     """One line per finding; the errors' summary unless `quiet`; the verdict last."""
     for finding in report.findings[:SHOWN]:
-        print(f"{finding['where']}: {finding['problem']}")
+        print(visible(f"{finding['where']}: {finding['problem']}"))
     if len(report.findings) > SHOWN:
         print(f"... and {len(report.findings) - SHOWN} more (--json lists all)")
     unequal = [expert for expert in report.experts if not expert["equal"]]

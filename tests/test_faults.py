@@ -101,6 +101,22 @@ def test_one_flipped_bit_in_every_kind_of_part(folders: dict[str, Path], tmp_pat
         assert restored.code == 4 and not (tmp_path / "plain" / kind).exists(), (kind, restored)
 
 
+def test_a_damaged_checkpoint_is_not_converted(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Its hashes would be made anew, and the damage would look well."""
+    for kind, tensor in _kinds(folders["exact"]).items():
+        broken = Path(shutil.copytree(folders["exact"], tmp_path / f"broken-{kind}"))
+        done("quantize", broken, "--bits", 4, "-o", tmp_path / f"well-{kind}", "-q")
+        start, entries = _header(broken / "model.safetensors")
+        begin, end = entries[tensor]["data_offsets"]
+        _flip(broken / "model.safetensors", start + (begin + end) // 2)
+        ran = ders("quantize", broken, "--bits", 4, "-o", tmp_path / kind, "-q")
+        if kind == "guard":  # it is written anew
+            assert ran.code == 0
+            continue
+        assert ran.code == 4 and not (tmp_path / kind).exists(), (kind, ran)
+        assert (tensor if kind == "copied" else tensor.removesuffix(".base").split(".delta.")[0]) in ran.err, (kind, ran)
+
+
 def test_flipped_bits_in_ders_json(folders: dict[str, Path], tmp_path: Path) -> None:
     """Any bit: broken JSON, another checksum, or padding."""
     text = (folders["int4"] / "ders.json").read_bytes()

@@ -15,6 +15,7 @@ FLOORS = [  # from the roof down; a module imports from floors below its own
     {"integrity"},
     {"convert", "restore", "router_fit", "through_kernels", "bench_inputs", "bench_memory", "bench_stages"},
     {"compare", "convert_group", "plain", "upcycled", "runtime"},
+    {"carried"},
     {"describe"},
     {"plan", "blueprint"},
     {"recipe", "options", "backends"},

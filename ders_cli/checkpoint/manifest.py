@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .reader import read_json
+from .reader import MANIFEST, read_json
 
-MANIFEST = "ders.json"
 FORMAT = 1
 PAGE = 4096
 
@@ -113,14 +112,16 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def is_ders(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file()
+    """Whether ders.json stands there; whatever it is, the folder is no plain checkpoint."""
+    return os.path.lexists(folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """ders.json, its checksum and format version checked. Raises CheckpointError."""
     from .manifest_schema import check_manifest  # it takes pydantic, which writing does not
 
-    manifest = read_json(folder / MANIFEST, "the DeRS manifest")
+    # an expert of zeros has an infinite relative error, and Python writes that as Infinity
+    manifest = read_json(folder / MANIFEST, "the DeRS manifest", constants=("Infinity", "-Infinity"))
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder / MANIFEST}: format {manifest.get('format')!r:.20}; this ders reads format {FORMAT}"

@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import CheckpointError, UsageError
 from ..registry import discover
 from .base import DeltaCodec
-from .chain import ChainCodec
+from .chain import MOST, ChainCodec
 
 CODECS: dict[str, type[DeltaCodec]] = {c.name: c for c in discover(sys.modules[__name__], "CODEC").values()}
 
@@ -26,22 +26,24 @@ def _parse_term(term: str, text: str, group_size: int) -> DeltaCodec:
         if match := codec.pattern.fullmatch(term):
             return codec.from_term(match, group_size)
     raise UsageError(
-        f"--delta {text!r}: no codec {term!r}; expected exact, int8 ... int1, dropP, sparseP, ternaryK, topK, N:M, rankR, "
+        f"--delta {text!r:.80}: no codec {term!r:.80}; expected exact, int8 ... int1, dropP, sparseP, ternaryK, topK, N:M, rankR, "
         "none, or a chain such as drop0.9+int4"
     )
 
 
-def codec_from_config(config: dict[str, Any]) -> DeltaCodec:
-    """The codec that ders.json describes. Raises CheckpointError on what no version of ders has written."""
+def codec_from_config(config: dict[str, Any], within: int = 0) -> DeltaCodec:
+    """The codec that ders.json describes, `within` so many chains. Raises CheckpointError on what no version of ders has written."""
+    if within > MOST:
+        raise CheckpointError(f"ders.json: codec: a chain of more than {MOST} codecs")
     try:
         fields = dict(config)
         codec = CODECS[fields.pop("codec")]
         if codec is ChainCodec:
-            return ChainCodec(codec_from_config(fields.pop("first")), codec_from_config(fields.pop("then")))
+            return ChainCodec(*(codec_from_config(fields.pop(part), within + 1) for part in ("first", "then")))
         for field in dataclasses.fields(codec):
             value = fields.setdefault(field.name, field.default)  # one without a default is no number, and refused
             if type(value) not in {int: (int,), float: (int, float), str: (str,)}[field.type]:
                 raise TypeError(f"{field.name}: expected a {field.type.__name__}, found {value!r:.40}")
         return codec(**fields)
-    except (KeyError, TypeError, AttributeError, UsageError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
         raise CheckpointError(f"ders.json: codec {config!r:.120}: not understood ({error})") from None

@@ -18,6 +18,7 @@ bits to bits gives the same bytes (only `exact` has no other way).
 import re
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,6 +28,9 @@ from ..checkpoint.tensor import FLOATS, TensorSpec
 from ..errors import CheckpointError, UsageError
 
 Parts = dict[str, np.ndarray]
+
+# Values past fp32's range decode to none that is finite, and the walk says whose they are: numpy need not warn of them too.
+_QUIET = partial(np.errstate, over="ignore", invalid="ignore")
 
 
 class NonFiniteError(Exception):
@@ -79,12 +83,14 @@ class DeltaCodec(ABC):
         bad = floats.first_nonfinite(delta)
         if bad >= 0:
             raise NonFiniteError(row + bad // delta.shape[1], bad % delta.shape[1])
-        return self.encode(delta, key, row)
+        with _QUIET():
+            return self.encode(delta, key, row)
 
     def decode_expert(self, parts: Parts, base: np.ndarray, dtype: str, key: int, row: int) -> np.ndarray:
         """Parts and the base's stored bits [rows, in] -> the expert's stored bits: round(base + decoded delta)."""
         try:
-            return floats.synthesize(base, self.decode(parts, base.shape, key, row), dtype)
+            with _QUIET():
+                return floats.synthesize(base, self.decode(parts, base.shape, key, row), dtype)
         except ValueError as error:  # packing names the row whose bits contradict themselves
             raise CheckpointError(str(error)) from None
 

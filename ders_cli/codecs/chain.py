@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from ders_kernels.cpu_ops import floats
 
 from ..checkpoint.tensor import TensorSpec
 from ..errors import UsageError
-from .base import DeltaCodec, Parts, SelectiveCodec
+from .base import DeltaCodec, NonFiniteError, Parts, SelectiveCodec
 
 _THEN = "then."
+MOST = 16  # codecs in a chain: names of parts, and calls within calls, grow with each
 
 
 def _next(key: int) -> int:
@@ -34,6 +36,13 @@ class ChainCodec(DeltaCodec):
     def __post_init__(self) -> None:
         if self.first.lossless or self.then.lossless:
             raise UsageError(f"{self.term}: exact loses nothing, so there is nothing to chain")
+        if isinstance(self.first, ChainCodec):  # parts of both would be named then.*
+            raise UsageError(f"{self.term}: expected one codec, then what follows it; found a chain that comes first")
+        codecs, rest = 2, self.then
+        while isinstance(rest, ChainCodec):
+            codecs, rest = codecs + 1, rest.then
+        if codecs > MOST:
+            raise UsageError(f"a chain of more than {MOST} codecs; expected a few, such as drop0.9+int4")
 
     @classmethod
     def from_term(cls, match: re.Match[str], group_size: int) -> "ChainCodec":
@@ -68,6 +77,9 @@ class ChainCodec(DeltaCodec):
         else:
             parts = self.first.encode(delta, key, row)
             rest = delta - self.first.decode(parts, delta.shape, key, row)
+        if floats.first_nonfinite(rest) >= 0 and (lost := np.isnan(rest).any(axis=1)).any():
+            # gained or scaled past fp32, infinities lead to a NaN, in which integers would find a 0 to code
+            raise NonFiniteError(row + int(lost.argmax()), 0)
         then = self.then.encode(rest, _next(key), row)
         return parts | {_THEN + part: data for part, data in then.items()}
 

@@ -24,7 +24,7 @@ class DropCodec(SelectiveCodec):
 
     rate: float
     name: ClassVar[str] = "drop"
-    pattern: ClassVar[re.Pattern[str]] = re.compile(r"drop(\d*\.?\d+)")
+    pattern: ClassVar[re.Pattern[str]] = re.compile(r"drop(\d+(?:\.\d+)?|\.\d+)")
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate < 1:

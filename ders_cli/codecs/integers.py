@@ -21,7 +21,7 @@ class IntCodec(DeltaCodec):
     bits: int
     group_size: int
     name: ClassVar[str] = "int"
-    pattern: ClassVar[re.Pattern[str]] = re.compile(r"int(\d+)")
+    pattern: ClassVar[re.Pattern[str]] = re.compile(r"int(\d{1,9})")
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:

@@ -22,7 +22,7 @@ class NOfMCodec(SelectiveCodec):
     n: int
     m: int
     name: ClassVar[str] = "n:m"
-    pattern: ClassVar[re.Pattern[str]] = re.compile(r"(\d+):(\d+)")
+    pattern: ClassVar[re.Pattern[str]] = re.compile(r"(\d{1,9}):(\d{1,9})")
 
     def __post_init__(self) -> None:
         if not 1 <= self.n < self.m <= 64:

@@ -26,7 +26,7 @@ class RankCodec(DeltaCodec):
     rank: int
     dtype: str = "BF16"
     name: ClassVar[str] = "rank"
-    pattern: ClassVar[re.Pattern[str]] = re.compile(r"rank(\d+)")
+    pattern: ClassVar[re.Pattern[str]] = re.compile(r"rank(\d{1,9})")
     whole: ClassVar[frozenset[str]] = frozenset({"right"})
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ class SparseCodec(DeltaCodec):
     rate: float
     dtype: str = "BF16"
     name: ClassVar[str] = "sparse"
-    pattern: ClassVar[re.Pattern[str]] = re.compile(r"sparse(\d*\.?\d+)")
+    pattern: ClassVar[re.Pattern[str]] = re.compile(r"sparse(\d+(?:\.\d+)?|\.\d+)")
     whole: ClassVar[frozenset[str]] = frozenset({"values"})
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ class TernaryCodec(DeltaCodec):
 
     density: float
     name: ClassVar[str] = "ternary"
-    pattern: ClassVar[re.Pattern[str]] = re.compile(r"ternary(\d*\.?\d+)")
+    pattern: ClassVar[re.Pattern[str]] = re.compile(r"ternary(\d+(?:\.\d+)?|\.\d+)")
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 0.5:

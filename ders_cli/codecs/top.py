@@ -24,7 +24,7 @@ class TopCodec(SelectiveCodec):
 
     density: float
     name: ClassVar[str] = "top"
-    pattern: ClassVar[re.Pattern[str]] = re.compile(r"top(\d*\.?\d+)")
+    pattern: ClassVar[re.Pattern[str]] = re.compile(r"top(\d+(?:\.\d+)?|\.\d+)")
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:

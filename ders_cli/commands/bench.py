@@ -1,6 +1,5 @@
 """ders bench"""
 
-import json
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated
@@ -45,6 +44,7 @@ def kernels(
     try:
         from ..bench import Bench
         from ..bench_report import document, print_rows
+        from ..report import print_json
     except ImportError as error:
         raise UsageError(f"bench: {error}; pip install torch") from None
     with choices_shown(quiet):
@@ -54,7 +54,7 @@ def kernels(
             if not as_json:
                 print_rows(own)
     if as_json:
-        print(json.dumps(document(run, rows), indent=1))
+        print_json(document(run, rows))
 
 
 @COMMAND.command()
@@ -95,6 +95,7 @@ def convert(
     """
     from ..bench_convert import DELTAS, ConvertBench
     from ..bench_convert_report import document, print_machine, print_rows, print_stages, print_start
+    from ..report import print_json
 
     deltas, rows, found = tuple(delta or DELTAS), [], {}
     with ConvertBench(model, deltas, jobs or o.default_jobs(), rounds, gigabytes, scratch, cold, quick) as bench:
@@ -107,7 +108,7 @@ def convert(
             if not as_json:
                 print_rows(own, cold)
         if as_json:
-            print(json.dumps(document(bench, start, rows, found), indent=1))
+            print_json(document(bench, start, rows, found))
         else:
             print_stages(found)
             print_start(start)

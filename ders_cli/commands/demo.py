@@ -1,6 +1,5 @@
 """ders demo"""
 
-import json
 import os
 import shutil
 import sys
@@ -38,7 +37,7 @@ def demo(
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin at barriers starve on a shared machine
     from ..demonstration import demonstrate, table
-    from ..report import print_table
+    from ..report import print_json, print_table
 
     if output.exists() and any(output.iterdir()) and not overwrite:
         raise UsageError(f"{output}: exists and is not empty; --overwrite replaces the demo's models in it")
@@ -52,7 +51,7 @@ def demo(
 
     result = demonstrate(output, steps, seed or 0, jobs or o.default_jobs(), say)
     if as_json:
-        print(json.dumps({"schema": SCHEMA, "command": "demo", **result}, indent=1))
+        print_json({"schema": SCHEMA, "command": "demo", **result})
         return
     training = result["training"]
     print_table("ders demo", *table(result))

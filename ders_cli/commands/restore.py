@@ -1,6 +1,6 @@
 """ders restore"""
 
-import json
+import sys
 
 from .. import options as o
 
@@ -29,8 +29,10 @@ def restore(
         ders restore mixtral-ders-int4 -o mixtral-again
     """
     from .. import restore as action
+    from ..carried import changed
     from ..output import place_output
     from ..plain import planned_plain
+    from ..report import print_json
     from ..source import open_source
 
     run = o.RunOptions(jobs, None, "5GB", dry_run, overwrite, resume, quiet, as_json, engine, address, scratch)
@@ -39,9 +41,12 @@ def restore(
     with open_source(model, scratch=scratch) as source:
         ders = action.require_ders(source, model)
         plan = planned_plain(ders) if dry_run else action.restore(ders, out, options)
-    document = {"schema": SCHEMA, "command": "restore", "output": shown, "dry_run": dry_run, "plan": plan}
+        warnings = changed(ders)
+    for warning in warnings:
+        print(f"ders: warning: {warning}", file=sys.stderr)
+    document = {"schema": SCHEMA, "command": "restore", "output": shown, "dry_run": dry_run, "plan": plan, "warnings": warnings}
     if as_json:
-        print(json.dumps(document, indent=1))
+        print_json(document)
     elif dry_run:
         print(f"would write {shown}: {plan['output_bytes']:,} bytes in {plan['shards']} weight file(s)")
     else:

@@ -1,6 +1,5 @@
 """ders verify"""
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -64,6 +63,7 @@ def verify(
     """
     from .. import verify as action
     from ..junit import write_junit
+    from ..report import print_json
     from ..source import open_source
     from ..verify_report import print_report
 
@@ -88,7 +88,7 @@ def verify(
     if junit:
         write_junit(junit, report.checks)
     if as_json:
-        print(json.dumps(report.document(), indent=1))
+        print_json(report.document())
     else:
         print_report(report, quiet)
     if report.findings:

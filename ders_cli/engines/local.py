@@ -1,14 +1,14 @@
 """The local engine: threads in one process. Kernels, pread and pwrite release the interpreter lock."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
 
-from ..errors import Interrupted
+from ..errors import DersError, Interrupted
 from ..report import Progress
 
 Result = TypeVar("Result")
@@ -35,10 +35,13 @@ def run(tasks: Sequence[Callable[[], Result]], jobs: int, ahead: Callable[[int],
             return [task() for task in tasks]
         pool, waits = ThreadPoolExecutor(jobs), True
         try:
-            futures = [pool.submit(task) for task in tasks]
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in futures:  # in order, so that the same fault gives the same message
-                if future in done and future.exception():
+            futures = [_submitted(pool, task) for task in tasks]
+            wait(futures, return_when=FIRST_EXCEPTION)
+            if any(future.done() and future.exception() for future in futures):
+                for future in reversed(futures):
+                    future.cancel()  # what has begun ends: of several faults the first in order is raised, whoever met it
+            for future in futures:
+                if not future.cancelled() and future.exception():
                     raise future.exception()
             return [future.result() for future in futures]
         except Interrupted:
@@ -46,6 +49,15 @@ def run(tasks: Sequence[Callable[[], Result]], jobs: int, ahead: Callable[[int],
             raise
         finally:
             pool.shutdown(wait=waits, cancel_futures=True)
+
+
+def _submitted(pool: ThreadPoolExecutor, task: Callable[[], Result]) -> Future[Result]:
+    try:
+        return pool.submit(task)
+    except RuntimeError as error:  # "can't start new thread"
+        raise DersError(
+            f"{error}: too little memory, or too many processes for `ulimit -u`; fewer --jobs need less"
+        ) from None
 
 
 def _foretold(task: Callable[[], Result], ahead: Callable[[int], None], number: int, count: int) -> Result:

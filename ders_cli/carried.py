@@ -1,0 +1,30 @@
+"""Files beside the weights that go along unchanged: tokenizer, generation settings, licence, ..."""
+
+from pathlib import Path
+
+from .checkpoint.links import refuse_stray_links
+from .describe import file_hash
+from .output import carry, copy_file
+from .source import DersSource, Source
+
+
+def copy_carried(source: Source, folder: Path) -> None:
+    """Copy them into `folder`. Raises CheckpointError where one is a link that leads away from the checkpoint."""
+    reader, files = source.reader, carry(source.reader.folder)
+    refuse_stray_links(reader.folder, reader.files, [path.name for path in files])
+    for path in files:
+        copy_file(path, folder / path.name)
+
+
+def changed(source: Source) -> list[str]:
+    """What to say of files that are not what the source's own ders.json notes: edited, perhaps, or damaged."""
+    if not isinstance(source, DersSource):
+        return []
+    folder, said = source.reader.folder, []
+    for name, noted in source.manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            said.append(f"{source.reader.address}: {name} is missing; ders.json lists it")
+        elif name != "config.json" and file_hash(path) != noted:
+            said.append(f"{source.reader.address}: {name} was changed since ders wrote it; it goes along as it is")
+    return said

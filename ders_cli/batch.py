@@ -27,7 +27,7 @@ from .conversion_command import SCHEMA, choose_recipe, convert_model, finished
 from .errors import DersError, Interrupted, UsageError, in_words
 from .layouts import ExpertGroup
 from .options import RunOptions
-from .output import Options, place_output
+from .output import Options, is_untidy, place_output
 from .recipe import Recipe
 from .remote.address import is_remote, normal, open_store
 from .report import human_bytes, print_json, print_table
@@ -171,7 +171,7 @@ def _failure(message: str, code: int) -> dict[str, Any]:
 
 def _already(command: str, job: Job, recipe: Recipe, run: RunOptions) -> dict[str, Any] | None:
     """The document of an output that an earlier run completed, None if there is none. Raises UsageError at another one."""
-    if job.options.overwrite or is_remote(job.output) or not is_ders(job.out):
+    if job.options.overwrite or is_remote(job.output) or not is_ders(job.out) or is_untidy(job.out):
         return None
     with ExitStack() as stack:
         source = stack.enter_context(open_source(job.model, recipe.shared, run.scratch))

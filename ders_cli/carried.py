@@ -8,11 +8,16 @@ from .output import carry, copy_file
 from .source import DersSource, Source
 
 
+def check_carried(source: Source) -> None:
+    """Raise CheckpointError where one is a link that leads away from the checkpoint."""
+    folder = source.reader.folder
+    refuse_stray_links(folder, source.reader.files, [path.name for path in carry(folder)])
+
+
 def copy_carried(source: Source, folder: Path) -> None:
-    """Copy them into `folder`. Raises CheckpointError where one is a link that leads away from the checkpoint."""
-    reader, files = source.reader, carry(source.reader.folder)
-    refuse_stray_links(reader.folder, reader.files, [path.name for path in files])
-    for path in files:
+    """Copy them into `folder`."""
+    check_carried(source)  # again: hours may have passed
+    for path in carry(source.reader.folder):
         copy_file(path, folder / path.name)
 
 

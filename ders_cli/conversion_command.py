@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
 from .options import RunOptions
-from .report import human_bytes, print_json, print_table
+from .report import human_bytes, print_json, print_table, visible
 
 if TYPE_CHECKING:  # nothing heavy is imported until a command runs
     from .convert import Conversion
@@ -69,9 +69,9 @@ def convert_model(
                 return _planned(command, conversion)
             document = finished(command, conversion, convert.run(conversion))
     for warning in document["warnings"]:
-        print(f"ders: warning: {warning}", file=sys.stderr)
+        print(f"ders: warning: {visible(warning)}", file=sys.stderr)
     if document["left_behind"]:
-        print(f"ders: note: not carried along: {', '.join(document['left_behind'])}", file=sys.stderr)
+        print(f"ders: note: not carried along: {visible(', '.join(document['left_behind']))}", file=sys.stderr)
     return document
 
 

@@ -20,8 +20,8 @@ import numpy as np
 
 from . import __version__
 from .base import Base, DenseBase, make_base
-from .carried import copy_carried
-from .checkpoint.manifest import MANIFEST, file_names, index_text, manifest_text, write_file
+from .carried import check_carried, copy_carried
+from .checkpoint.manifest import MANIFEST, file_names, index_text, manifest_text, read_manifest, write_file
 from .checkpoint.reader import INDEX
 from .checkpoint.tensor import TensorSpec
 from .checkpoint.writer import ShardWriter
@@ -111,6 +111,7 @@ def _prepared(source: Source, recipe: Recipe, out: Path, options: Options, base:
     method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
     if method not in (None, "ders"):
         raise UnsupportedError(f"{source.reader.address}: quantised by {method!r}; dequantise it to bf16 first")
+    check_carried(source)
     plan = make_plan(source, recipe, base, options.max_shard_bytes)
     refuse_occupied(out, options, *inputs, addresses=addresses)
     if options.max_memory is not None:
@@ -135,6 +136,8 @@ def run(conversion: Conversion) -> dict[str, Any]:
     mark = fingerprint(source, conversion.recipe, options, conversion.base)
     mark["form"] = hashlib.sha256(codecs.encode()).hexdigest()
     with begin(conversion.out, options, mark) as folder:
+        if folder is None:
+            return read_manifest(conversion.out)
         total = plan.expert_bytes + sum(spec.nbytes for spec in source.copied.values())
         with shown(f"writing {conversion.out.name}", total, options.quiet) as progress:
             job = partial(_shard, conversion, folder)

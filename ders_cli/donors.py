@@ -148,7 +148,9 @@ def _scale(config: dict[str, Any], module: str, rank: int, folder: Path) -> floa
     alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
     try:
         if bad := next((p for p in patterns.keys() if len(p) > MOST_PATTERN or SLOW.search(p)), None):
-            raise UnsupportedError(f"{folder / ADAPTER}: alpha_pattern: {bad!r:.80} could take for ever; write the name out")
+            raise UnsupportedError(
+                f"{folder / ADAPTER}: alpha_pattern: {bad!r:.80} could take for ever; write the name out"
+            )
         alpha = next((value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), alpha)
     except (AttributeError, re.error) as error:
         raise CheckpointError(f"{folder / ADAPTER}: alpha_pattern: expected names and numbers ({error})") from None

@@ -121,7 +121,7 @@ def _refuse_standing(out: Path, options: Options) -> None:
     partial = partial_of(out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: a file stands here; expected a folder to write")
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(out.iterdir()) and not (options.resume and is_untidy(out)):
         if not options.overwrite:
             raise UsageError(f"{out}: exists and is not empty; --overwrite replaces it, -o names another place")
         if not (out / "config.json").is_file():
@@ -136,9 +136,14 @@ def _refuse_standing(out: Path, options: Options) -> None:
             raise UsageError(f"{where}: an unfinished run stands here; --resume continues it, --overwrite starts again")
 
 
-def _begun(partial: Path) -> bool:
-    """A run has left something here: one that was killed at once has not come to its mark."""
-    return (partial / MARK).is_file()
+def _begun(folder: Path) -> bool:
+    """A run has left its mark: it can be resumed. One that was killed at once has not come to it."""
+    return (folder / MARK).is_file()
+
+
+def is_untidy(out: Path) -> bool:
+    """The run that made OUT was killed when all was done but tidying up; --resume does that."""
+    return (out / MARK).is_file()
 
 
 def _is_strange(partial: Path) -> bool:
@@ -157,8 +162,8 @@ def replaced_of(out: Path) -> Path:
 
 
 @contextmanager
-def begin(out: Path, options: Options, fingerprint: dict[str, Any]) -> Iterator[Path]:
-    """OUT.partial, which nobody else may write until the end of this: empty, or the one to resume.
+def begin(out: Path, options: Options, fingerprint: dict[str, Any]) -> Iterator[Path | None]:
+    """OUT.partial, which nobody else may write until the end of this: empty, or the one to resume. None: OUT is complete.
 
     Raises UsageError where the one to resume was begun with another fingerprint, LockedError where another run holds it.
     """
@@ -170,6 +175,13 @@ def begin(out: Path, options: Options, fingerprint: dict[str, Any]) -> Iterator[
         except UsageError:
             _leave_empty(folder)
             raise
+        if options.resume and is_untidy(out) and not _begun(folder):
+            _leave_empty(folder)
+            if differs := _differences(_mark(out), fingerprint):
+                raise UsageError(f"{out}: was made with another {differs}; --overwrite replaces it")
+            _tidy(out)
+            yield None
+            return
         again = _begun(folder) and options.resume
         if again:
             if differs := _differences(_mark(folder), fingerprint):
@@ -247,7 +259,12 @@ def publish(folder: Path, out: Path, options: Options) -> None:
         out.rename(replaced)
     folder.rename(out)
     fsync_folder(out.parent)
-    for left in sorted(out.glob(OWN + "*"), key=lambda path: path.name in (MARK, LOCK)):
+    _tidy(out)
+
+
+def _tidy(out: Path) -> None:
+    """Remove what is left of making a complete output: the one that it replaced, the run's own files, last its mark."""
+    if replaced_of(out).exists():
+        shutil.rmtree(replaced_of(out))
+    for left in sorted(out.glob(OWN + "*"), key=lambda path: path.name == MARK):
         left.unlink(missing_ok=True)
-    if replaced.exists():
-        shutil.rmtree(replaced)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from .carried import copy_carried
+from .carried import check_carried, copy_carried
 from .checkpoint.manifest import index_text, write_file
 from .checkpoint.reader import INDEX
 from .checkpoint.tensor import TensorSpec
@@ -36,6 +36,7 @@ def specs_of(entry: dict[str, Any]) -> dict[str, TensorSpec]:
 
 def planned_plain(source: Source) -> dict[str, Any]:
     """Bytes in and out, from headers alone."""
+    check_carried(source)
     form, reader = source.form(), source.reader
     files = {file: _file_bytes(entry) for file, entry in form["files"].items()}
     others = len(form["config"].encode()) + len(_index_bytes(form) or b"")
@@ -56,6 +57,8 @@ def write_plain(source: Source, out: Path, options: Options, fingerprint: dict[s
         for member, (_, view) in enumerate(group.members):
             held[view.tensor].append((group, member))
     with begin(out, options, fingerprint) as folder:
+        if folder is None:
+            return totals
         with shown(title, totals["output_bytes"], options.quiet) as progress:
             job = partial(_file, source, folder, held, options)
             options.run_shards(job, len(form["files"]), folder, options.jobs, progress)

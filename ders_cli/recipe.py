@@ -12,6 +12,7 @@ rules:                # the first that matches a matrix decides
 """
 
 import difflib
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -20,8 +21,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .checkpoint.files import read_small
 from .codecs import DeltaCodec, parse_codec
-from .errors import UsageError
+from .errors import CheckpointError, UsageError
 from .layouts import ExpertGroup
 
 MAX_RECIPE_BYTES = 1_000_000
@@ -101,15 +103,15 @@ def load_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
     path = Path(name)
     if not path.suffix and name in (shipped := shipped_recipes()):
         path = shipped[name]
-    try:
-        if path.stat().st_size > MAX_RECIPE_BYTES:
-            raise UsageError(f"recipe {name}: {path.stat().st_size} bytes; expected at most {MAX_RECIPE_BYTES}")
-        text = path.read_text()
-        _check_form(name, text)
-        fields = yaml.safe_load(text)
-    except (FileNotFoundError, IsADirectoryError):
+    if not os.path.lexists(path) or path.is_dir():
         known = ", ".join(shipped_recipes())
-        raise UsageError(f"recipe {name}: no such file, and no published recipe of this name ({known})") from None
+        raise UsageError(f"recipe {name}: no such file, and no published recipe of this name ({known})")
+    try:
+        text = read_small(path, MAX_RECIPE_BYTES, "a recipe")[0].decode()
+        _check_form(name, text)
+        fields = _Loader(text).get_single_data()
+    except CheckpointError as error:  # no regular file, or too large a one
+        raise UsageError(f"recipe {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"recipe {name}: not YAML: {' '.join(str(error).split())}") from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -118,6 +120,18 @@ def load_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
     if not isinstance(fields, dict):
         raise UsageError(f"recipe {name}: expected keys and values, found {type(fields).__name__}")
     return make_recipe(fields | overrides, f"recipe {name}")
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, which would take the last of several equal keys and say nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if (key.tag, key.value) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r:.40} stands twice", key.start_mark)
+            seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
 
 
 def _check_form(name: str, text: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from .errors import UsageError
 from .options import RunOptions
-from .report import human_bytes, print_json, print_table
+from .report import human_bytes, print_json, print_table, visible
 
 SCHEMA = 1
 
@@ -161,7 +161,7 @@ def _fit(dense: Path, router: str, experts: int) -> Any:
 
 def _print(document: dict[str, Any], run: RunOptions) -> None:
     if document["left_behind"] and not run.dry_run:
-        print(f"ders: note: not carried along: {', '.join(document['left_behind'])}", file=sys.stderr)
+        print(f"ders: note: not carried along: {visible(', '.join(document['left_behind']))}", file=sys.stderr)
     if run.as_json:
         print_json(document)
         return

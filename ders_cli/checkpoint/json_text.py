@@ -31,7 +31,7 @@ def parse_json(text: bytes, constants: tuple[str, ...] = ()) -> dict[str, Any]:
 
     found = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=constant)
     if not isinstance(found, dict):
-        raise ValueError(f"expected an object, found {type(found).__name__}")
+        raise ValueError(f"expected a JSON object, found {type(found).__name__}")
     if SURROGATE.search(text):
         json.dumps(
             found, ensure_ascii=False

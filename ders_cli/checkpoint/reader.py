@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from reprlib import repr  # of a stranger's value, which may be large: only its beginning is made
 from typing import Any
 
 import numpy as np
@@ -129,14 +130,14 @@ def _check_entry(where: str, entry: Any) -> tuple[TensorSpec, tuple[int, int]]:
     def naturals(key: str) -> list[int]:
         numbers = entry.get(key)
         if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-            raise CheckpointError(f"{where}: {key}: expected whole numbers, found {numbers!r:.80}")
+            raise CheckpointError(f"{where}: {key}: expected whole numbers, found {repr(numbers):.80}")
         return numbers
 
     if not isinstance(entry, dict):
-        raise CheckpointError(f"{where}: expected an object, found {entry!r:.80}")
+        raise CheckpointError(f"{where}: expected an object, found {repr(entry):.80}")
     shape, offsets, dtype = naturals("shape"), naturals("data_offsets"), entry.get("dtype")
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise CheckpointError(f"{where}: unknown dtype {dtype!r:.40}")
+        raise CheckpointError(f"{where}: unknown dtype {repr(dtype):.40}")
     if len(offsets) != 2:
         raise CheckpointError(f"{where}: data_offsets: expected [begin, end], found {offsets!r:.80}")
     bits = math.prod(shape) * BITS[dtype]
@@ -259,7 +260,7 @@ class CheckpointReader:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Raises DersError if a file is not the one whose header came along; another node may number its files otherwise."""
         self.__dict__.update(state)
-        self._handles, began = {}, self._stamps
+        self._handles, began, self._stamps = {}, self._stamps, dict(self._stamps)
         try:
             for file in self.files:
                 self._handles[file], self._stamps[file] = open_regular(self.folder / file, "a safetensors file")

@@ -32,7 +32,7 @@ def restore(
     from ..carried import changed
     from ..output import place_output
     from ..plain import planned_plain
-    from ..report import print_json
+    from ..report import print_json, visible
     from ..source import open_source
 
     run = o.RunOptions(jobs, None, "5GB", dry_run, overwrite, resume, quiet, as_json, engine, address, scratch)
@@ -43,7 +43,7 @@ def restore(
         plan = planned_plain(ders) if dry_run else action.restore(ders, out, options)
         warnings = changed(ders)
     for warning in warnings:
-        print(f"ders: warning: {warning}", file=sys.stderr)
+        print(f"ders: warning: {visible(warning)}", file=sys.stderr)
     document = {"schema": SCHEMA, "command": "restore", "output": shown, "dry_run": dry_run, "plan": plan, "warnings": warnings}
     if as_json:
         print_json(document)

@@ -1,0 +1,144 @@
+"""An output comes to be in one step: whatever stands there when a run is killed can be continued, or is complete."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import toy
+from command import contents, ders, done
+
+from ders_cli import output
+
+
+class Killed(BaseException):
+    """What a SIGKILL does to the code behind it, in a test."""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("publish")
+    toy.make("mixtral", root / "model", dtype=torch.bfloat16)
+    done("compress", root / "model", "--delta", "int4", "-o", root / "int4", "-q")
+    done("compress", root / "model", "--delta", "int8", "-o", root / "int8", "-q")
+    return {path.name: path for path in root.iterdir()}
+
+
+def _killed_at(patch: pytest.MonkeyPatch, place: object, name: str, number: int) -> None:
+    """The call of that number of a function does nothing, and nothing comes after it."""
+    calls, real = [0], getattr(place, name)
+
+    def dying(*arguments: object, **named: object) -> object:
+        calls[0] += 1
+        if calls[0] == number:
+            raise Killed
+        return real(*arguments, **named)
+
+    patch.setattr(place, name, dying)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "number", "old"),
+    [
+        (Path, "rename", 1, False),
+        (Path, "rename", 1, True),
+        (Path, "rename", 2, True),
+        (output, "_tidy", 1, False),
+        (output, "_tidy", 1, True),
+        (output.shutil, "rmtree", 1, True),
+        (output.os, "unlink", 2, False),
+    ],
+)
+def test_killed_while_publishing(
+    made: dict[str, Path], tmp_path: Path, place, name: str, number: int, old: bool
+) -> None:
+    """Until the new output stands under its name, the old one is there or beside; afterwards --resume only tidies up."""
+    out = tmp_path / "out"
+    command = ("compress", made["model"], "--delta", "int4", "-o", out, "-q")
+    if old:
+        done("compress", made["model"], "--delta", "int8", "-o", out, "-q")
+    with pytest.MonkeyPatch.context() as patch:
+        _killed_at(patch, place, name, number)
+        with pytest.raises(Killed):
+            ders(*command, *(["--overwrite"] if old else []))
+    stand = [folder for folder in (out, output.replaced_of(out), output.partial_of(out)) if folder.exists()]
+    whole = [{name: data for name, data in contents(folder).items() if name[0] != "."} for folder in stand]
+    assert contents(made["int4"]) in whole
+    done(*command, "--resume", *(["--overwrite"] if old else []))
+    assert contents(out) == contents(made["int4"]) and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_lock_names_its_run(made: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ("compress", made["model"], "--delta", "int4", "-o", out, "-q")
+    with output.locked(output.partial_of(out), output.LOCK):
+        for more in ((), ("--resume",), ("--overwrite",), ("--dry-run",)):
+            ran = ders(*command, *more)
+            assert ran.code == 2 and f"process {os.getpid()} on " in ran.err and ran.err.count("\n") == 1, more
+    assert ders(*command).code == 0 and contents(out) == contents(made["int4"])
+
+
+def test_a_lock_is_not_taken_in_a_folder_that_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening the lock file and locking it, its run may have ended and the folder got its final name."""
+    from ders_cli.checkpoint import lock
+
+    folder, real, gone = tmp_path / "out.partial", lock.take, []
+
+    def renamed(handle: int) -> bool:
+        if not gone:
+            gone.append(folder.rename(tmp_path / "out"))
+        return real(handle)
+
+    monkeypatch.setattr(lock, "take", renamed)
+    with lock.locked(folder, output.LOCK):
+        assert (folder / output.LOCK).stat().st_size > 0 == (tmp_path / "out" / output.LOCK).stat().st_size
+
+
+def test_what_differs_is_said(made: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        _killed_at(patch, Path, "rename", 1)
+        with pytest.raises(Killed):
+            ders("compress", made["model"], "--delta", "int4", "-o", out, "-q")
+    ran = ders("compress", made["model"], "--delta", "int8", "--seed", 3, "-o", out, "--resume")
+    assert ran.code == 2 and "another recipe (delta: int4, now int8; seed: 0, now 3)" in ran.err
+    os.utime(made["model"] / "model.safetensors")
+    ran = ders("compress", made["model"], "--delta", "int4", "-o", out, "--resume")
+    assert ran.code == 2 and "another source (model.safetensors: " in ran.err
+
+
+@pytest.mark.parametrize("delta", ["int4", "exact"])
+def test_a_journal_of_another_boot_is_none(made: dict[str, Path], tmp_path: Path, delta: str) -> None:
+    """What was not synchronised may be lost: the shard begins anew. So it does where the unfinished file is gone or cut."""
+    from ders_cli import convert
+
+    done("compress", made["model"], "--delta", delta, "-o", tmp_path / "whole", "-q")
+    read = []
+    for harm in ("none", "boot", "gone", "cut", "torn"):
+        out = tmp_path / harm
+        command = ("compress", made["model"], "--delta", delta, "-o", out, "-q", "-j", 1)
+        with pytest.MonkeyPatch.context() as patch:
+            _killed_at(patch, convert, "write_file", 1)  # the shard's record
+            with pytest.raises(Killed):
+                ders(*command)
+        (journal,) = output.partial_of(out).glob(".ders-*.journal")
+        (file,) = output.partial_of(out).glob("model.safetensors.????????.partial")
+        if harm == "boot":
+            journal.write_bytes(b'{"boot": "another", ' + journal.read_bytes().split(b", ", 1)[1])
+            file.write_bytes(bytes(file.stat().st_size))
+        elif harm == "gone":
+            file.unlink()
+        elif harm == "cut":
+            os.truncate(file, 1000)
+        elif (
+            harm == "torn" and delta == "int4"
+        ):  # an exact shard's last line tells of a stream whose spool is gone by then
+            os.truncate(journal, journal.read_bytes().rfind(b'"group ') + 7)
+        with pytest.MonkeyPatch.context() as patch:
+            groups = []
+            real = convert.convert_group
+            patch.setattr(convert, "convert_group", lambda *given: groups.append(given) or real(*given))
+            done(*command, "--resume")
+        read.append(len(groups))
+        assert contents(out) == contents(tmp_path / "whole"), harm
+    assert read == [0, 6, 6, 6, 1 if delta == "int4" else 0]

@@ -19,6 +19,7 @@ from .report import visible
 
 SCHEMA = 1
 INTERRUPTED = 130
+LOADING = "failed to map segment"  # the dynamic linker's words where a library finds no room
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
@@ -49,6 +50,7 @@ for _name, _command in discover(commands, "COMMAND").items():
 
 
 _interrupted: list[int] = []  # signals of this run
+_said: list[str] = []  # what its error was
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -56,12 +58,15 @@ def _interrupt(number: int, frame: object) -> None:
     _interrupted.append(number)
     if len(_interrupted) == 1:
         raise Interrupted
+    if not _said:
+        os.write(2, b"ders: interrupted again, and ended at once\n")
     os._exit(INTERRUPTED)
 
 
 def main() -> None:
     """Run the command line in this process, and end it. `__main__` is the entry point."""
     _interrupted.clear()
+    _said.clear()
     debug = "--debug" in sys.argv[1:]
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
@@ -83,9 +88,13 @@ def main() -> None:
             raise
         _mute()  # whoever read our output has gone: nobody is there to tell
         sys.exit(128 + signal.SIGPIPE)
+    except ImportError as error:
+        _fail(f"{error}; too little memory to load it (`ulimit -v`), or ders-cli is not installed whole", 1, debug)
     except OSError as error:
         if error.filename is None and error.errno is None:
-            raise
+            if LOADING not in str(error):
+                raise
+            _fail(f"{error}; too little memory to load it (`ulimit -v`)", 1, debug)
         _fail(in_words(error), 1, debug)
     except MemoryError:
         _fail("out of memory; fewer --jobs need less", 1, debug)
@@ -105,6 +114,7 @@ def _fail(message: str, code: int, debug: bool) -> None:
         traceback.print_exc()
     message = visible(message)
     print(f"ders: {message}", file=sys.stderr, flush=True)
+    _said.append(message)
     try:
         if "--json" in sys.argv:
             print(json.dumps({"schema": SCHEMA, "error": {"message": message, "exit_code": code}}))

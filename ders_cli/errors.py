@@ -52,6 +52,9 @@ REMEDIES = {
 
 def in_words(error: OSError) -> str:
     """An error of the operating system as one line: where, what, and what to do."""
-    found = f"{error.filename or 'output'}: {error.strerror or error}"
+    where = error.filename or "output"
+    if error.filename2:  # copying or renaming
+        where = f"{where} -> {error.filename2}"
+    found = f"{where}: {error.strerror or error}"
     remedy = REMEDIES.get(error.errno)
     return f"{found}; {remedy}" if remedy else found

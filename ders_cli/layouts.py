@@ -29,6 +29,7 @@ DECODERS = ("model.layers", "model.language_model.layers", "language_model.model
 PER_LAYER = (
     "experts_per_layer"  # key of config.json: experts of each layer, where `ders upcycle` gave them different numbers
 )
+MOST_MATRICES = 1_000_000  # three times what the largest ders.json lists
 SUBCONFIGS = ("text_config", "llm_config", "language_config", "thinker_config", "talker_config")
 
 
@@ -110,6 +111,7 @@ def find_layout(tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], in
     if not layers:
         raise _no_experts(model_type, tensors)
 
+    _refuse_swarm([one for found in layers.values() for one in found], tensors, _counts(rows[0], config))
     groups: list[ExpertGroup] = []
     guards: list[str] = []
     for (stem, layer, index), found in sorted(layers.items()):
@@ -242,6 +244,19 @@ def _refuse_packed(rows: list[Architecture], tensors: Mapping[str, TensorSpec]) 
             parsed = _parse(name.removesuffix(ending) + plain) if name.endswith(ending) else None
             if parsed and (parsed[2] in templates or PER_EXPERT.fullmatch(parsed[2])):
                 raise UnsupportedError(_not_float(name, spec))
+
+
+def _refuse_swarm(found: list[_Found], tensors: Mapping[str, TensorSpec], counts: Mapping[int, str]) -> None:
+    """Raise UnsupportedError for more matrices than any ders.json lists: a header of a few bytes may claim millions."""
+    matrices = 0
+    for one in found:
+        shape = tensors[one.tensor].shape
+        stacked = next(iter(counts), 1) if one.storage.flattened else shape[0] if shape else 1
+        matrices += 1 if one.number is not None else stacked
+        if matrices > MOST_MATRICES:
+            raise UnsupportedError(
+                f"{one.tensor}: more than {MOST_MATRICES} matrices of experts up to this tensor {list(shape)!r:.80}"
+            )
 
 
 def _no_experts(model_type: str, tensors: Mapping[str, TensorSpec]) -> UnsupportedError:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .checkpoint.files import of_file
 from .checkpoint.lock import locked, refuse_locked
 from .checkpoint.manifest import MANIFEST, write_file
 from .checkpoint.reader import INDEX, LEFT_BEHIND, NOT_READ
@@ -236,7 +237,7 @@ def _mark(folder: Path) -> dict[str, Any]:
 def copy_file(path: Path, to: Path) -> None:
     """Copy a file's bytes, durably."""
     shutil.copyfile(path, to)
-    with to.open("rb") as file:
+    with of_file(to), to.open("rb") as file:
         os.fsync(file.fileno())
 
 

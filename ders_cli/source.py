@@ -275,6 +275,9 @@ class DersSource(Source):
                 raise CheckpointError(
                     f"extents {begin}..{end} lie outside a stream of {self.reader.tensors[stream].nbytes} bytes"
                 )
+            most = 1 + TensorSpec((rows.stop - rows.start, group.shape[1]), group.dtype).nbytes  # kept as it is
+            if end - begin > most:
+                raise CheckpointError(f"extents {begin}..{end}: {end - begin} bytes; a chunk takes at most {most}")
             parts["stream"] = self.reader.read(stream, slice(begin, end))
         return parts
 

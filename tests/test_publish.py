@@ -37,6 +37,13 @@ def _killed_at(patch: pytest.MonkeyPatch, place: object, name: str, number: int)
     patch.setattr(place, name, dying)
 
 
+def _counted(patch: pytest.MonkeyPatch, place: object, name: str) -> list[object]:
+    """Gets an item at each call of a function."""
+    calls, real = [], getattr(place, name)
+    patch.setattr(place, name, lambda *given: calls.append(given) or real(*given))
+    return calls
+
+
 @pytest.mark.parametrize(
     ("place", "name", "number", "old"),
     [
@@ -135,9 +142,7 @@ def test_a_journal_of_another_boot_is_none(made: dict[str, Path], tmp_path: Path
         ):  # an exact shard's last line tells of a stream whose spool is gone by then
             os.truncate(journal, journal.read_bytes().rfind(b'"group ') + 7)
         with pytest.MonkeyPatch.context() as patch:
-            groups = []
-            real = convert.convert_group
-            patch.setattr(convert, "convert_group", lambda *given: groups.append(given) or real(*given))
+            groups = _counted(patch, convert, "convert_group")
             done(*command, "--resume")
         read.append(len(groups))
         assert contents(out) == contents(tmp_path / "whole"), harm

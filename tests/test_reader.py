@@ -1,7 +1,12 @@
 """Headers are hostile until proven: each lie is refused with the file, the tensor and exit code 4."""
 
+import errno
 import json
+import os
+import pickle
+import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +15,9 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ders_cli.checkpoint.reader import CheckpointReader, read_view
+from ders_cli.checkpoint import json_text
+from ders_cli.checkpoint.links import refuse_stray_links
+from ders_cli.checkpoint.reader import CheckpointReader, parse_header, read_view
 from ders_cli.checkpoint.tensor import TensorSpec
 from ders_cli.checkpoint.writer import ShardWriter, header_text
 from ders_cli.errors import CheckpointError, DersError
@@ -32,7 +39,7 @@ LIES = {
     "length past the end": (b"{}", b"", 99, "announced"),
     "huge length": (b"{}", b"", 2**63, "announced"),
     "not JSON": (b"{]", b"", None, "not JSON"),
-    "not an object": (b"[]", b"", None, "expected an object"),
+    "not an object": (b"[]", b"", None, "expected a JSON object"),
     "twice the same name": (b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":1}', b"", None, "twice"),
     "deep nesting": (b"[" * 100_000, b"", None, "not JSON"),
     "hole": ({"a": _entry(0, 1, [1]), "b": _entry(2, 3, [1])}, b"123", None, "hole"),
@@ -195,3 +202,170 @@ def test_views_read_and_write(tmp_path: Path, strides: str) -> None:
     mask = np.ones(size, bool)
     np.lib.stride_tricks.as_strided(mask[offset:], (out, width), (row, column))[:] = False
     assert np.array_equal(outside[mask], flat[mask])  # what lies between is untouched
+
+
+# --- files that change, that are no files, that lead away
+
+
+def _whole(path: Path) -> Path:
+    """A folder with two shards, an index and something that stands for ders.json."""
+    path.mkdir()
+    for name in ("a", "b"):
+        _folder(path, {name: _entry(0, 4, [4])}, b"1234")
+        (path / "model.safetensors").rename(path / f"{name}.safetensors")
+    placed = {"a": "a.safetensors", "b": "b.safetensors"}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    (path / "ders.json").write_text("{}")
+    return path
+
+
+WATCHED = ("a.safetensors", "b.safetensors", "config.json", "model.safetensors.index.json", "ders.json")
+
+
+def _grow(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b" ")
+
+
+def _touch(path: Path) -> None:
+    seen = path.stat()
+    os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns + 1))
+
+
+def _swap(path: Path) -> None:
+    """Another file of the same bytes and times."""
+    shutil.copy2(path, path.with_name("new"))
+    os.replace(path.with_name("new"), path)
+
+
+CHANGES = {"vanished": Path.unlink, "bytes to": _grow, "was written to": _touch, "replaced by another": _swap}
+
+
+@pytest.mark.parametrize("file", WATCHED)
+@pytest.mark.parametrize("said", CHANGES)
+def test_a_change_while_reading_is_noticed(tmp_path: Path, file: str, said: str) -> None:
+    folder = _whole(tmp_path / "m")
+    with CheckpointReader(folder) as reader:
+        reader.check_unchanged()
+        CHANGES[said](folder / file)
+        with pytest.raises(DersError, match=f"{file}: .*{said}.* since .*run again") as refused:
+            reader.check_unchanged()
+        assert refused.value.exit_code == 1
+        assert (
+            file.startswith(("a", "b")) is False or reader.read("b").size == 4
+        )  # the open files are read all the same
+
+
+def test_a_file_that_is_written_to_under_its_old_name_only(tmp_path: Path) -> None:
+    """The name leads to an untouched twin of the same inode no more: what the handle has is what counts."""
+    folder = _whole(tmp_path / "m")
+    with CheckpointReader(folder) as reader:
+        os.link(folder / "a.safetensors", tmp_path / "other name")
+        _grow(tmp_path / "other name")
+        with pytest.raises(DersError, match="bytes to"):
+            reader.check_unchanged()
+
+
+@pytest.mark.parametrize("change", [_grow, _touch, Path.unlink])
+def test_another_process_refuses_another_file(tmp_path: Path, change: Callable) -> None:
+    folder = _whole(tmp_path / "m")
+    with CheckpointReader(folder) as reader:
+        sent = pickle.dumps(reader)
+    pickle.loads(sent).close()
+    _swap(folder / "a.safetensors")  # another inode, as on another node: that is no other file
+    pickle.loads(sent).close()
+    change(folder / "a.safetensors")
+    with pytest.raises(DersError, match="a.safetensors: "):
+        pickle.loads(sent)
+
+
+def test_a_weight_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that takes the name after its header was read is not what is read."""
+    folder, opened = _whole(tmp_path / "m"), []
+
+    def spied(path: Path, *flags: int) -> int:
+        opened.append(Path(path).name)
+        return plain(path, *flags)
+
+    plain = os.open
+    monkeypatch.setattr(os, "open", spied)
+    with CheckpointReader(folder) as reader:
+        assert sorted(opened) == sorted(WATCHED)
+        (folder / "new").write_bytes((folder / "a.safetensors").read_bytes().replace(b"1234", b"5678"))
+        os.replace(folder / "new", folder / "a.safetensors")
+        assert reader.read("a").tobytes() == b"1234"
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with CheckpointReader(_whole(tmp_path / "m")) as reader:
+        monkeypatch.setattr(os, "preadv", broken)
+        with pytest.raises(OSError, match="Input/output error") as failed:
+            reader.read("a")
+        assert failed.value.filename == str(tmp_path / "m" / "a.safetensors")
+    monkeypatch.setattr(os, "pread", broken)
+    with pytest.raises(OSError, match="Input/output error") as failed:
+        CheckpointReader(tmp_path / "m")
+    assert failed.value.filename == str(tmp_path / "m" / "config.json")
+
+
+def test_nothing_stays_open_after_a_refusal(tmp_path: Path) -> None:
+    folder = _whole(tmp_path / "m")
+    (folder / "b.safetensors").write_bytes(b"")
+    before = len(os.listdir("/dev/fd"))
+    for _ in range(3):
+        with pytest.raises(CheckpointError):
+            CheckpointReader(folder)
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_links_lead_to_the_weights_or_nowhere(tmp_path: Path) -> None:
+    store, folder = tmp_path / "store", tmp_path / "m"
+    (store / "sub").mkdir(parents=True)
+    folder.mkdir()
+    for name in ("w", "x", "sub/y"):
+        (store / name).write_text("")
+    (tmp_path / "secret").write_text("")
+    (folder / "w.safetensors").symlink_to(store / "w")
+    (folder / "x").symlink_to("../store/x")  # as in a model cache
+    (folder / "own").symlink_to("x")
+    (folder / ".hidden").symlink_to(tmp_path / "secret")
+    (folder / "nothing").symlink_to(tmp_path / "nothing")
+    (folder / "folder").symlink_to(tmp_path)
+    refuse_stray_links(folder, ["w.safetensors"])
+    with pytest.raises(CheckpointError, match="m/own: a link to .*store/x.*copy the file there"):
+        refuse_stray_links(folder, [])  # the weights do not stand there
+    for name, to in {
+        "secret": "../secret",
+        "around": "../m/../secret",
+        "deep": "../store/sub/y",
+        "store": "x2",
+    }.items():
+        (folder / "x2").unlink(missing_ok=True)
+        (folder / "x2").symlink_to(tmp_path / "secret")
+        (folder / name).symlink_to(to)
+        with pytest.raises(CheckpointError, match=f"m/{name}: a link to"):
+            refuse_stray_links(folder, ["w.safetensors"], [name])
+
+
+def test_an_honest_header_of_any_size_is_no_bomb() -> None:
+    """70,000 tensors of short names, the densest JSON that a checkpoint of so many can have."""
+    entries = {f"l{number:x}": _entry(2 * number, 2 * number + 2, [2]) for number in range(70_000)}
+    header, size = parse_header(json.dumps(entries, separators=(",", ":")).encode(), Path("x"))
+    assert len(header.tensors) == 70_000 and size == 140_000 and len(header.text) > json_text.LENIENT_BYTES
+
+
+@pytest.mark.parametrize("depth", [0, 1, json_text.MOST_DEPTH - 1, json_text.MOST_DEPTH, 900])
+@pytest.mark.parametrize("kind", [list, dict])
+def test_depth(depth: int, kind: type) -> None:
+    value: object = 1
+    for _ in range(depth):
+        value = [value] if kind is list else {"a": value}
+    outer = {"x": value}  # one more
+    if depth < json_text.MOST_DEPTH:
+        json_text.refuse_depth(outer)
+    else:
+        with pytest.raises(ValueError, match="deep"):
+            json_text.refuse_depth(outer)

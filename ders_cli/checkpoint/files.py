@@ -1,4 +1,4 @@
-"""Files that strangers made: opened only if they are regular, read within a bound, and known again.
+"""Files that strangers made: opened only if they are regular, read within a bound, and known again; and ours, written whole.
 
 A name in a checkpoint may be a FIFO (opening it waits for ever), a device (`/dev/zero` has no end), a socket or a loop of
 links. So a file is looked at before it is opened, opened without waiting, and looked at again.
@@ -7,8 +7,12 @@ links. So a file is looked at before it is opened, opened without waiting, and l
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from ..errors import CheckpointError
 
@@ -100,3 +104,22 @@ def read_small(path: Path, most: int, what: str) -> tuple[bytes, Stamp]:
 def named(error: OSError, path: Path) -> OSError:
     """The same error with the file's name, which calls on a descriptor leave out."""
     return OSError(error.errno, error.strerror, str(path))
+
+
+@contextmanager
+def of_file(path: Path) -> Iterator[None]:
+    """An OSError of a call on a descriptor gets the file's name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def pwrite_all(handle: int, data: np.ndarray | bytes, at: int) -> None:
+    """Write every byte at a position of a file."""
+    view = memoryview(data) if isinstance(data, bytes) else memoryview(data.reshape(-1).view(np.uint8))
+    while len(view):
+        done = os.pwrite(handle, view, at)
+        view, at = view[done:], at + done

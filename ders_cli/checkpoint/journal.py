@@ -4,7 +4,6 @@ The lines say that bytes were handed to the kernel, not that they are on the dis
 none of them; a machine that goes down may. So a journal holds for one boot of one machine, and a file is begun anew in any other.
 """
 
-import errno
 import json
 import os
 import platform
@@ -13,6 +12,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from .files import pwrite_all
 from .lock import take
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -68,8 +68,7 @@ class Journal:
 
     def _write(self, line: dict[str, Any]) -> None:
         text = json.dumps(line).encode() + b"\n"
-        if os.pwrite(self._handle, text, self._end) != len(text):  # half a line is none
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        pwrite_all(self._handle, text, self._end)
         self._end += len(text)
 
     def close(self) -> None:

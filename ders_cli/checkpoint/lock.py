@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UsageError
+from .files import of_file, pwrite_all
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # some network file systems: there a run goes without
 
@@ -55,11 +56,13 @@ def _take(folder: Path, name: str) -> int:
         except FileNotFoundError:
             continue  # its run finished between the two calls, and the folder has its final name now
         try:
-            _lock(handle, folder)
+            with of_file(folder / name):
+                _lock(handle, folder)
             if _is_at(handle, folder / name):
                 note = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, json.dumps(note).encode(), 0)
+                with of_file(folder / name):
+                    os.ftruncate(handle, 0)
+                    pwrite_all(handle, json.dumps(note).encode(), 0)
                 return handle
         except BaseException:
             os.close(handle)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .files import of_file
 from .reader import MANIFEST, read_json
 
 FORMAT = 1
@@ -104,7 +105,7 @@ def index_text(weight_map: Mapping[str, str], metadata: Mapping[str, Any]) -> by
 def write_file(path: Path, data: bytes) -> None:
     """Write, fsync, then take the final name."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with of_file(partial), partial.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -113,7 +114,11 @@ def write_file(path: Path, data: bytes) -> None:
 
 def is_ders(folder: Path) -> bool:
     """Whether ders.json stands there; whatever it is, the folder is no plain checkpoint."""
-    return os.path.lexists(folder / MANIFEST)
+    try:
+        os.lstat(folder / MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -12,8 +12,7 @@ import glob
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 from blake3 import blake3
 
 from .disk import allocate
+from .files import of_file, pwrite_all
 from .journal import Journal
 from .tensor import TensorSpec
 
@@ -44,25 +44,6 @@ def reserved_header_bytes(fixed: Mapping[str, TensorSpec], appended: Iterable[st
     """Bytes kept free for the header of a file whose appended tensors have unknown sizes."""
     bound = dict(fixed) | {name: TensorSpec((LARGEST_BYTES,), "U8") for name in appended}
     return len(header_text(bound, None))
-
-
-@contextmanager
-def of_file(path: Path) -> Iterator[None]:
-    """An OSError of a call that knows an open file only gets its name."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
-        raise
-
-
-def pwrite_all(handle: int, data: np.ndarray | bytes, at: int) -> None:
-    """Write every byte at a position of the file."""
-    view = memoryview(data) if isinstance(data, bytes) else memoryview(data.reshape(-1).view(np.uint8))
-    while len(view):
-        done = os.pwrite(handle, view, at)
-        view, at = view[done:], at + done
 
 
 class RunningHash:
@@ -273,19 +254,21 @@ class ShardWriter:
         with of_file(self._partial):
             pwrite_all(self._handle, len(text).to_bytes(8, "little") + text, 0)
             os.fsync(self._handle)
-        os.close(self._handle)
+        self.abandon()
         os.replace(self._partial, self.path)
-        self._close_journal()
         return self._end
 
     def abandon(self) -> None:
-        """Close without finishing; the `.partial` file stays behind for the next run to go on with, or to replace."""
-        os.close(self._handle)
+        """Close what is open; the `.partial` file stays behind for the next run to go on with, or to replace."""
+        if self._handle >= 0:
+            handle, self._handle = self._handle, -1
+            os.close(handle)
         self._close_journal()
 
     def _close_journal(self) -> None:
         if self._journal:
             self._journal.close()
+            self._journal = None
 
 
 def _reaches(path: Path, size: int) -> bool:
@@ -299,6 +282,7 @@ def fsync_folder(folder: Path) -> None:
     """Make the names in a folder survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with of_file(folder):
+            os.fsync(handle)
     finally:
         os.close(handle)

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
 
+from ..checkpoint.files import pwrite_all
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.reader import INDEX, LEFT_BEHIND, MAX_HEADER_BYTES, MAX_JSON_BYTES, NOT_READ, read_json
-from ..checkpoint.writer import pwrite_all
 from ..errors import CheckpointError, DersError, UnsupportedError, UsageError
 from .store import Entry, Store, each, fetch, is_plain
 

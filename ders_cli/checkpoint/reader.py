@@ -278,10 +278,7 @@ class CheckpointReader:
                 now = Stamp.of(path.stat())
             except FileNotFoundError:
                 raise _mixture(path, "vanished") from None
-            what = stamp.difference(now)
-            if not what and file in self._handles:
-                what = stamp.difference(Stamp.of(os.fstat(self._handles[file])))
-            if what:
+            if what := stamp.difference(now):
                 raise _mixture(path, what)
 
     def _check_index(self, weight_map: dict[str, str]) -> None:

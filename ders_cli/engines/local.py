@@ -1,9 +1,11 @@
 """The local engine: threads in one process. Kernels, pread and pwrite release the interpreter lock."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
@@ -30,7 +32,7 @@ def run(tasks: Sequence[Callable[[], Result]], jobs: int, ahead: Callable[[int],
     """
     if ahead is not None:
         tasks = [partial(_foretold, task, ahead, number + jobs, len(tasks)) for number, task in enumerate(tasks)]
-    with threadpool_limits(1, "blas"):
+    with _one_blas_thread():
         if jobs == 1:
             return [task() for task in tasks]
         pool, waits = ThreadPoolExecutor(jobs), True
@@ -49,6 +51,25 @@ def run(tasks: Sequence[Callable[[], Result]], jobs: int, ahead: Callable[[int],
             raise
         finally:
             pool.shutdown(wait=waits, cancel_futures=True)
+
+
+_under_way: list[threadpool_limits] = []  # one for each run of this process; the first knows what there was before
+_changing = Lock()
+
+
+@contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    """The limit is the process's, not a thread's: the first of several runs at once sets it, the last gives it back."""
+    with _changing:
+        _under_way.append(threadpool_limits(1, "blas"))  # which notes what it found
+    try:
+        yield
+    finally:
+        with _changing:
+            if len(_under_way) > 1:
+                _under_way.pop()
+            else:
+                _under_way.pop().restore_original_limits()
 
 
 def _submitted(pool: ThreadPoolExecutor, task: Callable[[], Result]) -> Future[Result]:

@@ -53,23 +53,21 @@ def run(tasks: Sequence[Callable[[], Result]], jobs: int, ahead: Callable[[int],
             pool.shutdown(wait=waits, cancel_futures=True)
 
 
-_under_way: list[threadpool_limits] = []  # one for each run of this process; the first knows what there was before
+_under_way: list[threadpool_limits] = []  # one for each run of this process; each knows what it found
 _changing = Lock()
 
 
 @contextmanager
 def _one_blas_thread() -> Iterator[None]:
-    """The limit is the process's, not a thread's: the first of several runs at once sets it, the last gives it back."""
+    """The limit is the process's, not a thread's: of several runs at once, whichever ends takes away the latest one's, which
+    found one thread, and the last to end the first one's."""
     with _changing:
         _under_way.append(threadpool_limits(1, "blas"))  # which notes what it found
     try:
         yield
     finally:
         with _changing:
-            if len(_under_way) > 1:
-                _under_way.pop()
-            else:
-                _under_way.pop().restore_original_limits()
+            _under_way.pop().restore_original_limits()
 
 
 def _submitted(pool: ThreadPoolExecutor, task: Callable[[], Result]) -> Future[Result]:

@@ -19,7 +19,7 @@ from .report import visible
 
 SCHEMA = 1
 INTERRUPTED = 130
-LOADING = "failed to map segment"  # the dynamic linker's words where a library finds no room
+LOADING = ("failed to map segment", "Could not find/load shared object")  # where a library finds no room
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
@@ -92,7 +92,7 @@ def main() -> None:
         _fail(f"{error}; too little memory to load it (`ulimit -v`), or ders-cli is not installed whole", 1, debug)
     except OSError as error:
         if error.filename is None and error.errno is None:
-            if LOADING not in str(error):
+            if not any(words in str(error) for words in LOADING):
                 raise
             _fail(f"{error}; too little memory to load it (`ulimit -v`)", 1, debug)
         _fail(in_words(error), 1, debug)

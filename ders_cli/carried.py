@@ -4,6 +4,7 @@ from pathlib import Path
 
 from .checkpoint.links import refuse_stray_links
 from .describe import file_hash
+from .errors import DersError
 from .output import carry, copy_file
 from .source import DersSource, Source
 
@@ -14,11 +15,22 @@ def check_carried(source: Source) -> None:
     refuse_stray_links(folder, source.reader.files, [path.name for path in carry(folder)])
 
 
-def copy_carried(source: Source, folder: Path) -> None:
-    """Copy them into `folder`."""
+def carried_stamps(source: Source) -> dict[str, list[int]]:
+    """Name -> size and time of its last change, in ns."""
+    return {path.name: [(found := path.stat()).st_size, found.st_mtime_ns] for path in carry(source.reader.folder)}
+
+
+def copy_carried(source: Source, folder: Path, stamps: dict[str, list[int]]) -> None:
+    """Copy them into `folder`. Raises DersError if they are not those of `stamps`, which were taken when the run began."""
     check_carried(source)  # again: hours may have passed
     for path in carry(source.reader.folder):
         copy_file(path, folder / path.name)
+    now = carried_stamps(source)
+    if differ := [name for name in {**stamps, **now} if stamps.get(name) != now.get(name)]:
+        raise DersError(
+            f"{source.reader.folder / differ[0]}: came, went or was written to during the run; "
+            "let nobody work in the source's folder, and run again with --overwrite"
+        )
 
 
 def changed(source: Source) -> list[str]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from . import __version__
 from .base import Base, DenseBase, make_base
-from .carried import check_carried, copy_carried
+from .carried import carried_stamps, check_carried, copy_carried
 from .checkpoint.manifest import MANIFEST, file_names, index_text, manifest_text, read_manifest, write_file
 from .checkpoint.reader import INDEX
 from .checkpoint.tensor import TensorSpec
@@ -142,16 +142,18 @@ def run(conversion: Conversion) -> dict[str, Any]:
         with shown(f"writing {conversion.out.name}", total, options.quiet) as progress:
             job = partial(_shard, conversion, folder)
             results = options.run_shards(job, len(plan.shards), folder, options.jobs, progress)
-        manifest = _write_rest(conversion, folder, results)
+        manifest = _write_rest(conversion, folder, results, mark["carried"])
         conversion.check_unchanged()
         publish(folder, conversion.out, options)
     return manifest
 
 
-def _write_rest(conversion: Conversion, folder: Path, results: list[dict[str, Any]]) -> dict[str, Any]:
+def _write_rest(
+    conversion: Conversion, folder: Path, results: list[dict[str, Any]], stamps: dict[str, list[int]]
+) -> dict[str, Any]:
     """Everything but the weight files; returns ders.json's content."""
     source = conversion.source
-    copy_carried(source, folder)
+    copy_carried(source, folder, stamps)
     manifest = describe(source, conversion.recipe, conversion.plan, results, lambda path: file_hash(folder / path.name))
     write_file(folder / "config.json", config_text(source))
     if len(results) > 1:
@@ -177,6 +179,7 @@ def fingerprint(source: Source, recipe: Recipe, options: Options, base: Base | N
     return {
         "version of ders": __version__,
         "recipe": recipe.model_dump(mode="json"),
+        "carried": carried_stamps(source),
         "source": files | {"headers": hashlib.sha256(repr(headers).encode()).hexdigest()},
         "shard size": str(options.max_shard_bytes),
         "upcycling": json.dumps(source.upcycling),

@@ -14,6 +14,7 @@ from ders_kernels.counter_rng import make_key
 from ders_kernels.cpu_ops import floats
 
 from .base import MEAN_BYTES, Base, MeanBase
+from .checkpoint.files import of_file
 from .checkpoint.tensor import TensorSpec
 from .checkpoint.writer import ShardWriter
 from .codecs.base import NonFiniteError, Parts
@@ -63,7 +64,8 @@ def convert_group(
                 chunks = -(-out // together)
                 extent = np.array([stream.tell(), end], np.int64)
                 writer.write(f"{group.name}.delta.extents", (i * chunks + number) * extent.nbytes, extent)
-                stream.write(chunk)
+                with of_file(spool):
+                    stream.write(chunk)
             else:
                 _write_parts(writer, unit, i, rows, parts)
                 if coded is None:
@@ -74,7 +76,8 @@ def convert_group(
         del read, base
     source.done(group, range(experts))
     if stream is not None:
-        stream.close()
+        with of_file(spool):
+            stream.close()
         restored = came
     for (label, _), differing in zip(group.members, differences, strict=True):
         if not differing.finite:

@@ -394,7 +394,7 @@ def _check_complete(where: str, found: list[_Found], views: _Views, counts: Mapp
         # the missing tensor is named as its siblings are: other projections of this expert, or else other experts
         near = sorted(found, key=lambda f: f.number != number)
         storage = next(f.storage for f in near if projection in f.storage.names())
-        name = f"{where}.{storage.names()[projection]}".format(number)
+        name = f"{where}.{storage.names()[projection].replace('{}', str(number))}"
         state = f"has only {len(by_number)}" if any(f.tensor == name for f in found) else "missing"
         layer = where.rpartition(".")[2]
         raise CheckpointError(

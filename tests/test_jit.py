@@ -63,6 +63,16 @@ def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path, monkeypa
     assert len(list((tmp_path / "cache").rglob("*.nbc"))) == 1
 
 
+def test_a_full_disk_is_no_reason_to_stop(tmp_path: Path, monkeypatch) -> None:
+    """numba's own cache raises what the disk does."""
+    full = "\nimport errno, os\ndef full(*names): raise OSError(errno.ENOSPC, 'full')\nos.replace = full"
+    for source, said in (("numba", "OSError"), ("ders_kernels.jit", "")):
+        monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / source))
+        path = _files(tmp_path, f"from {source} import njit", full)
+        ran = subprocess.run([sys.executable, path, "int64"], capture_output=True, text=True)
+        assert (ran.stdout == "3\n") == (said == "") and said in ran.stderr, ran
+
+
 def test_every_kernel_is_compiled_through_it() -> None:
     root = Path(jit.__file__).parent
     others = [path for path in root.rglob("*.py") if path.name != "jit.py" and "numba import njit" in path.read_text()]

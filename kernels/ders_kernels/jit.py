@@ -5,6 +5,7 @@ compile different signatures of one function at the same time both write number 
 the other signature's code. Here the names have a word and the number of the process in them: at worst a signature is compiled twice.
 """
 
+import contextlib
 import os
 import secrets
 from collections.abc import Callable
@@ -22,6 +23,7 @@ def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         dispatcher = numba.njit(**options)(function)
         if options.get("cache"):
             name_own(dispatcher)
+            spare_full_disks(dispatcher)
         return dispatcher
 
     return compiled
@@ -38,3 +40,17 @@ def name_own(dispatcher: Any) -> None:
         file._data_name = lambda number: pattern.replace("{number", f"{WORD}-{os.getpid()}-{{number").format(
             number=number
         )
+
+
+def spare_full_disks(dispatcher: Any) -> None:
+    """Code that cannot be saved is compiled again by the next process; that is no reason to stop this one."""
+    cache = getattr(dispatcher, "_cache", None)
+    save = getattr(cache, "save_overload", None)
+    if save is None:
+        return
+
+    def saved(signature: Any, code: Any) -> None:
+        with contextlib.suppress(OSError):
+            save(signature, code)
+
+    cache.save_overload = saved

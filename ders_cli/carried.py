@@ -15,18 +15,18 @@ def check_carried(source: Source) -> None:
     refuse_stray_links(folder, source.reader.files, [path.name for path in carry(folder)])
 
 
-def carried_stamps(source: Source) -> dict[str, list[int]]:
-    """Name -> size and time of its last change, in ns."""
-    return {path.name: [(found := path.stat()).st_size, found.st_mtime_ns] for path in carry(source.reader.folder)}
+def carried_hashes(source: Source) -> dict[str, str]:
+    """Name -> BLAKE3. Of a remote checkpoint's files, fetched anew by each run, times would say nothing."""
+    return {path.name: file_hash(path) for path in carry(source.reader.folder)}
 
 
-def copy_carried(source: Source, folder: Path, stamps: dict[str, list[int]]) -> None:
-    """Copy them into `folder`. Raises DersError if they are not those of `stamps`, which were taken when the run began."""
+def copy_carried(source: Source, folder: Path, hashes: dict[str, str]) -> None:
+    """Copy them into `folder`. Raises DersError if the copies have not the hashes that were taken when the run began."""
     check_carried(source)  # again: hours may have passed
     for path in carry(source.reader.folder):
         copy_file(path, folder / path.name)
-    now = carried_stamps(source)
-    if differ := [name for name in {**stamps, **now} if stamps.get(name) != now.get(name)]:
+    copied = {path.name: file_hash(folder / path.name) for path in carry(source.reader.folder)}
+    if differ := [name for name in {**hashes, **copied} if hashes.get(name) != copied.get(name)]:
         raise DersError(
             f"{source.reader.folder / differ[0]}: came, went or was written to during the run; "
             "let nobody work in the source's folder, and run again with --overwrite"

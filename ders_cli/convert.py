@@ -20,7 +20,7 @@ import numpy as np
 
 from . import __version__
 from .base import Base, DenseBase, make_base
-from .carried import carried_stamps, check_carried, copy_carried
+from .carried import carried_hashes, check_carried, copy_carried
 from .checkpoint.manifest import MANIFEST, file_names, index_text, manifest_text, read_manifest, write_file
 from .checkpoint.reader import INDEX
 from .checkpoint.tensor import TensorSpec
@@ -149,11 +149,11 @@ def run(conversion: Conversion) -> dict[str, Any]:
 
 
 def _write_rest(
-    conversion: Conversion, folder: Path, results: list[dict[str, Any]], stamps: dict[str, list[int]]
+    conversion: Conversion, folder: Path, results: list[dict[str, Any]], hashes: dict[str, str]
 ) -> dict[str, Any]:
     """Everything but the weight files; returns ders.json's content."""
     source = conversion.source
-    copy_carried(source, folder, stamps)
+    copy_carried(source, folder, hashes)
     manifest = describe(source, conversion.recipe, conversion.plan, results, lambda path: file_hash(folder / path.name))
     write_file(folder / "config.json", config_text(source))
     if len(results) > 1:
@@ -179,7 +179,7 @@ def fingerprint(source: Source, recipe: Recipe, options: Options, base: Base | N
     return {
         "version of ders": __version__,
         "recipe": recipe.model_dump(mode="json"),
-        "carried": carried_stamps(source),
+        "carried": carried_hashes(source),
         "source": files | {"headers": hashlib.sha256(repr(headers).encode()).hexdigest()},
         "shard size": str(options.max_shard_bytes),
         "upcycling": json.dumps(source.upcycling),

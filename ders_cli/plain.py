@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from .carried import carried_stamps, check_carried, copy_carried
+from .carried import carried_hashes, check_carried, copy_carried
 from .checkpoint.manifest import index_text, write_file
 from .checkpoint.reader import INDEX
 from .checkpoint.tensor import TensorSpec
@@ -56,14 +56,14 @@ def write_plain(source: Source, out: Path, options: Options, fingerprint: dict[s
     for group in source.groups:
         for member, (_, view) in enumerate(group.members):
             held[view.tensor].append((group, member))
-    stamps = carried_stamps(source)
-    with begin(out, options, fingerprint | {"carried": stamps}) as folder:
+    hashes = carried_hashes(source)
+    with begin(out, options, fingerprint | {"carried": hashes}) as folder:
         if folder is None:
             return totals
         with shown(title, totals["output_bytes"], options.quiet) as progress:
             job = partial(_file, source, folder, held, options)
             options.run_shards(job, len(form["files"]), folder, options.jobs, progress)
-        copy_carried(source, folder, stamps)
+        copy_carried(source, folder, hashes)
         write_file(folder / "config.json", form["config"].encode())
         if (index := _index_bytes(form)) is not None:
             write_file(folder / INDEX, index)

@@ -226,7 +226,9 @@ def test_what_is_no_output_of_ders_is_refused(models: Path) -> None:
 def test_an_unfinished_model_is_resumed(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = ("--max-shard-size", "600B")
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "copy_carried", lambda source, folder: (_ for _ in ()).throw(OSError(28, "No space left", "out")))
+        patch.setattr(
+            convert, "copy_carried", lambda *given: (_ for _ in ()).throw(OSError(28, "No space left", "out"))
+        )
         patch.setattr(convert.Conversion, "totals", lambda self: {"output_bytes": 0})
         assert _again(models, *small)["error"]["message"].startswith("out: No space left; free some space")
     partial = models.parent / "out.partial"

@@ -1,6 +1,7 @@
 """An output comes to be in one step: whatever stands there when a run is killed can be continued, or is complete."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,26 @@ def test_a_journal_of_another_boot_is_none(made: dict[str, Path], tmp_path: Path
         read.append(len(groups))
         assert contents(out) == contents(tmp_path / "whole"), harm
     assert read == [0, 6, 6, 6, 1 if delta == "int4" else 0]
+
+
+@pytest.mark.parametrize("command", ["compress", "restore"])
+@pytest.mark.parametrize("harm", ["written to", "gone", "new"])
+def test_a_carried_file_changes(made: dict[str, Path], tmp_path: Path, monkeypatch, command: str, harm: str) -> None:
+    """It is copied at the end, hours after the config was read."""
+    from ders_cli import carried
+
+    model = Path(shutil.copytree(made["model"] if command == "compress" else made["int4"], tmp_path / "model"))
+    file, real = model / "generation_config.json", carried.check_carried
+
+    def harmed(source: object) -> None:
+        real(source)
+        if harm == "gone":
+            file.unlink()
+        else:
+            (file if harm == "written to" else model / "new.txt").write_text("{}")
+
+    monkeypatch.setattr(carried, "check_carried", harmed)  # the one at the copying
+    delta = ("--delta", "int4") if command == "compress" else ()
+    ran = ders(command, model, *delta, "-o", tmp_path / "out", "-q")
+    assert ran.code == 1 and "during the run" in ran.err and not (tmp_path / "out").exists()
+    assert str(model / "new.txt" if harm == "new" else file) in ran.err

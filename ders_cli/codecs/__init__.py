@@ -33,7 +33,7 @@ def _parse_term(term: str, text: str, group_size: int) -> DeltaCodec:
 
 def codec_from_config(config: dict[str, Any], within: int = 0) -> DeltaCodec:
     """The codec that ders.json describes, `within` so many chains. Raises CheckpointError on what no version of ders has written."""
-    if within > MOST:
+    if within >= MOST:
         raise CheckpointError(f"ders.json: codec: a chain of more than {MOST} codecs")
     try:
         fields = dict(config)

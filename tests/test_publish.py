@@ -154,7 +154,7 @@ def test_a_journal_of_another_boot_is_none(made: dict[str, Path], tmp_path: Path
 @pytest.mark.parametrize("harm", ["written to", "gone", "new"])
 def test_a_carried_file_changes(made: dict[str, Path], tmp_path: Path, monkeypatch, command: str, harm: str) -> None:
     """It is copied at the end, hours after the config was read."""
-    from ders_cli import carried
+    from ders_cli import carried, plain
 
     model = Path(shutil.copytree(made["model"] if command == "compress" else made["int4"], tmp_path / "model"))
     file, real = model / "generation_config.json", carried.check_carried
@@ -166,7 +166,8 @@ def test_a_carried_file_changes(made: dict[str, Path], tmp_path: Path, monkeypat
         else:
             (file if harm == "written to" else model / "new.txt").write_text("{}")
 
-    monkeypatch.setattr(carried, "check_carried", harmed)  # the one at the copying
+    assert plain.check_carried is real  # that of the plan
+    monkeypatch.setattr(carried, "check_carried", harmed)  # that of the copying
     delta = ("--delta", "int4") if command == "compress" else ()
     ran = ders(command, model, *delta, "-o", tmp_path / "out", "-q")
     assert ran.code == 1 and "during the run" in ran.err and not (tmp_path / "out").exists()

@@ -28,10 +28,12 @@ def convert_command(
     run: RunOptions,
 ) -> None:
     """Plan and run one conversion, and print it. `fields`: the recipe's keys that flags gave; None means: not given."""
-    from .output import place_output
+    from .output import place_output, refuse_within
 
     recipe, ending = choose_recipe(fields, recipe_file)
     out, options = place_output(output, model, ending, run.options())
+    if recipe_file and Path(recipe_file).exists():
+        refuse_within(out, Path(recipe_file))
     document = convert_model(command, model, out, options, recipe, run)
     if run.as_json:
         print_json(document)

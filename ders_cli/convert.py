@@ -135,12 +135,13 @@ def run(conversion: Conversion) -> dict[str, Any]:
     codecs = json.dumps([unit.codec.config for unit in plan.units])  # a source may have a say in them
     mark = fingerprint(source, conversion.recipe, options, conversion.base)
     mark["form"] = hashlib.sha256(codecs.encode()).hexdigest()
+    conversion.check_unchanged()  # so the mark is of what was opened
     with begin(conversion.out, options, mark) as folder:
         if folder is None:
             return read_manifest(conversion.out)
         total = plan.expert_bytes + sum(spec.nbytes for spec in source.copied.values())
         with shown(f"writing {conversion.out.name}", total, options.quiet) as progress:
-            job = partial(_shard, conversion, folder)
+            job = partial(_shard, conversion, folder, hashlib.sha256(json.dumps(mark).encode()).hexdigest())
             results = options.run_shards(job, len(plan.shards), folder, options.jobs, progress)
         manifest = _write_rest(conversion, folder, results, mark["carried"])
         conversion.check_unchanged()
@@ -186,11 +187,14 @@ def fingerprint(source: Source, recipe: Recipe, options: Options, base: Base | N
     }
 
 
-def _shard(conversion: Conversion, folder: Path, number: int, progress: Progress) -> dict[str, Any]:
-    """Write one shard, or what the last run left to do of it; its result: {"hashes", "groups", "sizes", "bytes"}."""
+def _shard(conversion: Conversion, folder: Path, run: str, number: int, progress: Progress) -> dict[str, Any]:
+    """Write one shard, or what the last run left to do of it; its result: {"run", "hashes", "groups", "sizes", "bytes"}.
+
+    `run` names the fingerprint: on a cluster a job that was given up may still end, and write its record beside our shard.
+    """
     source, options, shard = conversion.source, conversion.options, conversion.plan.shards[number]
     path, record = folder / shard.file, folder / f"{OWN}{shard.file}.json"
-    if options.resume and (result := _finished(options, path, record)):
+    if options.resume and (result := _finished(options, path, record, run)):
         progress.advance(_work(source, shard))
         return result
     journal = folder / f"{OWN}{shard.file}.journal"
@@ -212,7 +216,7 @@ def _shard(conversion: Conversion, folder: Path, number: int, progress: Progress
         hashes = writer.hashes()
         if isinstance(source, DersSource):
             _refuse_damaged(source, shard, hashes)
-        result = {"hashes": hashes, "groups": entries, "sizes": sizes, "bytes": writer.nbytes}
+        result = {"run": run, "hashes": hashes, "groups": entries, "sizes": sizes, "bytes": writer.nbytes}
         conversion.check_unchanged()
         write_file(
             record, json.dumps(result).encode()
@@ -235,13 +239,13 @@ def _refuse_damaged(source: DersSource, shard: ShardPlan, hashes: dict[str, list
             )
 
 
-def _finished(options: Options, path: Path, record: Path) -> dict[str, Any] | None:
-    """The result of a shard that the last run finished; one that it had not sent yet is sent."""
-    if not record.exists():
+def _finished(options: Options, path: Path, record: Path, run: str) -> dict[str, Any] | None:
+    """The result of a shard that an earlier attempt of this run finished; one that it had not sent yet is sent."""
+    if not record.exists() or (result := json.loads(record.read_text())).get("run") != run:
         return None
     if path.exists() and not options.target.has(path):
         options.target.put(path)
-    return json.loads(record.read_text()) if options.target.has(path) else None
+    return result if options.target.has(path) else None
 
 
 def _work(source: Source, shard: ShardPlan) -> int:
@@ -281,7 +285,8 @@ def _convert(
 ) -> dict[str, Any]:
     """A group's entry for ders.json: from the journal if it is written already."""
     source, group, key = conversion.source, unit.group, f"group {unit.group.name}"
-    if key in writer.finished:
+    streams = [name for name, spec in unit.parts.items() if spec is None]
+    if key in writer.finished and all(writer.spooled(name, spool) for name in streams):
         progress.advance(TensorSpec(group.shape, group.dtype).nbytes * len(group.members))
         source.done(group, range(len(group.members)))
         return writer.finished[key]

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from ders_kernels.cpu_ops import floats
 
-from .checkpoint.files import open_regular, read_at
+from .checkpoint.files import Stamp, open_regular, read_at
 from .checkpoint.reader import MAX_CONFIG_BYTES, NOT_FINITE, CheckpointReader, header_of, read_json, read_view
 from .checkpoint.tensor import FLOATS, STORAGE, TensorSpec
-from .errors import CheckpointError, UnsupportedError, UsageError
+from .errors import CheckpointError, DersError, UnsupportedError, UsageError
 from .layouts import MatrixView
 
-ADAPTER = "adapter_config.json"
+ADAPTER, FACTORS = "adapter_config.json", "adapter_model.safetensors"
 MOST_RANK = 1024  # or the matrix's longer side: an adapter is held in memory
 # A stranger's regular expression may take longer than anybody lives: one with repeated or doubled groups, or many repeats.
 MOST_PATTERN, SLOW = 200, re.compile(r"\)[*+{]|\\[0-9]|\(\?|([*+{?].*){4}|(\|.*){4}")
@@ -62,6 +62,9 @@ class FineTune:
         """Stored bits [rows, in] of one of the ancestor's matrices, as this fine-tune has it."""
         return read_view(self.reader, view.tensor, view.offset, (view.row_stride, view.column_stride), view.shape, rows)
 
+    def check_unchanged(self) -> None:
+        self.reader.check_unchanged()
+
     def close(self) -> None:
         self.reader.close()
 
@@ -79,6 +82,7 @@ class Adapter:
 
     def __init__(self, folder: Path, ancestor: CheckpointReader, matrices: dict[str, MatrixView]):
         self.folder = folder
+        self._stamps = {path: Stamp.of(path.stat()) for name in (ADAPTER, FACTORS) if (path := folder / name).is_file()}
         config = read_json(folder / ADAPTER, "an adapter's settings", MAX_CONFIG_BYTES, NOT_FINITE)
         for key, plain in PLAIN.items():
             if config.get(key, plain[0]) not in plain:
@@ -86,6 +90,12 @@ class Adapter:
                     f"{folder / ADAPTER}: {key} is {config[key]!r:.40}; only plain LoRA is taken as an expert"
                 )
         self._factors = _read_factors(folder, config, matrices)
+
+    def check_unchanged(self) -> None:
+        """Raise DersError if its files are not those that were read."""
+        for path, stamp in self._stamps.items():
+            if not path.is_file() or stamp.difference(Stamp.of(path.stat())):
+                raise DersError(f"{path}: was changed after it was read; run again when it stands still")
 
     def factors(self, tensor: str) -> Factors | None:
         """Of one of the ancestor's matrices, by its tensor's name; None where the adapter changes nothing."""
@@ -161,7 +171,7 @@ def _scale(config: dict[str, Any], module: str, rank: int, folder: Path) -> floa
 
 def _adapter_tensors(folder: Path) -> Iterator[tuple[str, TensorSpec, Callable[[], np.ndarray]]]:
     """Names and specs of adapter_model.safetensors, each with what reads its fp32 values."""
-    path = folder / "adapter_model.safetensors"
+    path = folder / FACTORS
     if not os.path.lexists(path):
         raise UnsupportedError(
             f"{folder}: no {path.name}; ders reads no pickles (.bin): save the adapter as safetensors"

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,8 +97,11 @@ def check_space(out: Path, needed: int, options: Options) -> None:
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    unfinished = [path.stat() for path in partial_of(out).glob("*")]
-    free = shutil.disk_usage(parent).free + sum(512 * stat.st_blocks for stat in unfinished)
+    unfinished = 0
+    for path in partial_of(out).glob("*"):
+        with suppress(FileNotFoundError):
+            unfinished += 512 * path.lstat().st_blocks
+    free = shutil.disk_usage(parent).free + unfinished
     if needed > free:
         raise DersError(f"{parent}: {human_bytes(needed)} needed, {human_bytes(free)} free")
 
@@ -107,14 +110,22 @@ def refuse_occupied(out: Path, options: Options, *inputs: Path, addresses: Itera
     """Raise UsageError if something stands where the output goes and may not be replaced; an input never may."""
     if isinstance(options.target, Upload):
         options.target.refuse_occupied(options.overwrite, options.resume, addresses)
-    for path in (path.resolve() for path in inputs):
-        for place in (out, partial_of(out), replaced_of(out)):
-            if place == path or place in path.parents:
-                raise UsageError(f"{place}: the input {path} stands there; -o names another place")
+    for path in inputs:
+        refuse_within(out, path, *(link for link in path.iterdir() if link.is_symlink()))
     if out == Path.cwd() or out in Path.cwd().parents:
         raise UsageError(f"{out}: is the current folder or above it; -o names another place")
     refuse_locked(partial_of(out), LOCK)
     _refuse_standing(out, options)
+
+
+def refuse_within(out: Path, *inputs: Path) -> None:
+    """Raise UsageError if something that is read stands where the output goes, by whatever links: it would be removed."""
+    for path in inputs:
+        real = path.resolve()
+        for place in (out, partial_of(out), replaced_of(out)):
+            if place == real or place in real.parents:
+                shown = path if path.resolve() == path else f"{path} -> {real}"
+                raise UsageError(f"{place}: the input {shown} stands there; -o names another place")
 
 
 def _refuse_standing(out: Path, options: Options) -> None:
@@ -122,19 +133,35 @@ def _refuse_standing(out: Path, options: Options) -> None:
     partial = partial_of(out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: a file stands here; expected a folder to write")
-    if out.exists() and any(out.iterdir()) and not (options.resume and is_untidy(out)):
+    tidying = options.resume and is_untidy(out) and not _begun(partial)
+    if out.exists() and any(out.iterdir()) and not tidying:
         if not options.overwrite:
             raise UsageError(f"{out}: exists and is not empty; --overwrite replaces it, -o names another place")
         if not (out / "config.json").is_file():
             raise UsageError(
                 f"{out}: has no config.json, so --overwrite does not take it for a checkpoint; remove it yourself"
             )
+    _refuse_replaced(out, options)
     if partial.exists() or partial.is_symlink():
         if partial.is_symlink() or not partial.is_dir() or _is_strange(partial):
             raise UsageError(f"{partial}: is no unfinished run of ders; remove it yourself, or -o names another place")
         if _begun(partial) and not options.resume and not options.overwrite:
             where = partial if options.target.shown(out) == str(out) else options.target.shown(out)
             raise UsageError(f"{where}: an unfinished run stands here; --resume continues it, --overwrite starts again")
+
+
+def _refuse_replaced(out: Path, options: Options) -> None:
+    """Raise UsageError if OUT.ders-replaced is not what a killed run has put aside, or is and may not be removed."""
+    replaced = replaced_of(out)
+    if not replaced.exists() and not replaced.is_symlink():
+        return
+    explained = is_untidy(out) or _begun(partial_of(out))
+    if replaced.is_symlink() or not replaced.is_dir() or not (explained or (replaced / "config.json").is_file()):
+        raise UsageError(f"{replaced}: is no output that ders has put aside; remove it yourself")
+    if not explained and not options.overwrite:
+        raise UsageError(
+            f"{replaced}: the output that a killed run was replacing; move it away, or let --overwrite remove it"
+        )
 
 
 def _begun(folder: Path) -> bool:
@@ -218,7 +245,7 @@ def _differences(found: dict[str, Any], now: dict[str, Any]) -> str:
 
 def _clear(folder: Path) -> None:
     """Remove what another run left, all but its mark, which the next one replaces: there is always one beside files."""
-    for path in folder.iterdir():
+    for path in sorted(folder.iterdir()):  # first the journals, which speak of other files
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name not in (MARK, LOCK):
@@ -250,6 +277,7 @@ def publish(folder: Path, out: Path, options: Options) -> None:
         left.unlink(missing_ok=True)
     if isinstance(options.target, Upload):
         options.target.publish([path for path in sorted(folder.iterdir()) if not path.name.startswith(OWN)])
+        _clear(folder)  # last its mark
         shutil.rmtree(out.parent)
         return
     fsync_folder(folder)

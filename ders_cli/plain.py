@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
+from . import __version__
 from .carried import carried_hashes, check_carried, copy_carried
 from .checkpoint.manifest import index_text, write_file
 from .checkpoint.reader import INDEX
@@ -57,7 +58,8 @@ def write_plain(source: Source, out: Path, options: Options, fingerprint: dict[s
         for member, (_, view) in enumerate(group.members):
             held[view.tensor].append((group, member))
     hashes = carried_hashes(source)
-    with begin(out, options, fingerprint | {"carried": hashes}) as folder:
+    source.check_unchanged()  # so the mark is of what was opened
+    with begin(out, options, fingerprint | {"version of ders": __version__, "carried": hashes}) as folder:
         if folder is None:
             return totals
         with shown(title, totals["output_bytes"], options.quiet) as progress:

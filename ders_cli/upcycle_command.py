@@ -37,7 +37,7 @@ def upcycle_command(
     from .blueprint import Upcycling
     from .codecs import parse_codec
     from .donors import is_adapter
-    from .output import left_behind, output_bytes, place_output
+    from .output import left_behind, output_bytes, place_output, refuse_within
     from .remote.address import is_remote, normal
     from .remote.reader import open_reader
     from .upcycled import UpcycledSource
@@ -63,6 +63,8 @@ def upcycle_command(
         )
     ending = f"-moe{per_layer or count}-{term.replace(':', 'of')}"
     out, options = place_output(output, dense, ending, run.options())
+    if prompts:
+        refuse_within(out, Path(router))
     reader = open_reader(dense, run.scratch)
     with UpcycledSource(reader, how, donors, seed, options.max_shard_bytes, start, adapters) as source:
         document: dict[str, Any] = {

@@ -81,8 +81,7 @@ class UpcycledSource(Source):
     def check_unchanged(self) -> None:
         self.reader.check_unchanged()
         for donor in self.donors:
-            if isinstance(donor, FineTune):  # an adapter is in memory
-                donor.reader.check_unchanged()
+            donor.check_unchanged()
 
     def close(self) -> None:
         for donor in self.donors:

@@ -1,7 +1,10 @@
 """An output comes to be in one step: whatever stands there when a run is killed can be continued, or is complete."""
 
+import errno
+import fcntl
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -172,3 +175,118 @@ def test_a_carried_file_changes(made: dict[str, Path], tmp_path: Path, monkeypat
     ran = ders(command, model, *delta, "-o", tmp_path / "out", "-q")
     assert ran.code == 1 and "during the run" in ran.err and not (tmp_path / "out").exists()
     assert str(model / "new.txt" if harm == "new" else file) in ran.err
+
+
+def test_what_could_not_be_synchronised_is_not_finished(made: dict[str, Path], tmp_path: Path) -> None:
+    """After an fsync that fails the kernel takes the pages for clean, whether they are on the disk or lost."""
+    out, real = tmp_path / "out", os.fsync
+    command = ("compress", made["model"], "--delta", "int4", "-o", out, "-q")
+
+    def failing(handle: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{handle}") if os.path.isdir("/proc/self/fd") else ""
+        if "/model.safetensors." in name:
+            os.pwrite(handle, bytes(4096), os.fstat(handle).st_size // 2)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(handle)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        ran = ders(*command)
+    assert ran.code == 1 and "--resume" in ran.err, ran
+    done(*command, "--resume")
+    assert contents(out) == contents(made["int4"])
+
+
+def test_a_source_that_changes_before_the_run_begins(made: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
+    """Else its mark would be of the new file, and a resumed run would go on with the old one's parts."""
+    from ders_cli import convert
+
+    model, real = Path(shutil.copytree(made["model"], tmp_path / "model")), convert.check_space
+
+    def replaced(*given: object) -> None:
+        shutil.copy(model / "model.safetensors", model / "new")
+        os.replace(model / "new", model / "model.safetensors")
+        real(*given)
+
+    monkeypatch.setattr(convert, "check_space", replaced)
+    ran = ders("compress", model, "--delta", "int4", "-o", tmp_path / "out", "-q")
+    assert ran.code == 1 and str(model / "model.safetensors") in ran.err and [*tmp_path.iterdir()] == [model]
+
+
+def test_an_input_in_the_output_by_a_link_is_not_lost(made: dict[str, Path], tmp_path: Path) -> None:
+    out, model = Path(shutil.copytree(made["model"], tmp_path / "out")), tmp_path / "model"
+    model.mkdir()
+    for path in out.iterdir():
+        (model / path.name).symlink_to(path)
+    (out / "recipe.yaml").write_text("delta: int4\n")
+    before = contents(out)
+    ran = ders("compress", model, "--delta", "int4", "-o", out, "--overwrite")
+    assert ran.code == 2 and f"-> {out}" in ran.err and contents(out) == before
+    ran = ders("compress", made["model"], "--recipe", out / "recipe.yaml", "-o", out, "--overwrite")
+    assert ran.code == 2 and "recipe.yaml stands there" in ran.err and contents(out) == before
+
+
+def test_what_is_called_as_a_replaced_output_is_not_removed_unasked(made: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    replaced, command = output.replaced_of(out), ("compress", made["model"], "--delta", "int4", "-o", out, "-q")
+    replaced.mkdir()
+    (replaced / "thesis.txt").write_text("years")
+    for more in ((), ("--overwrite",), ("--resume",)):
+        assert ders(*command, *more).code == 2 and (replaced / "thesis.txt").exists()
+    (replaced / "config.json").write_text(
+        "{}"
+    )  # an output whose run was killed between two renames, and its OUT.partial removed
+    assert ders(*command).code == 2 and (replaced / "thesis.txt").exists()
+    done(*command, "--overwrite")
+    assert not replaced.exists() and contents(out) == contents(made["int4"])
+    replaced.symlink_to(made["int8"])
+    assert ders(*command, "--overwrite").code == 2 and replaced.is_symlink()
+
+
+def test_killed_while_clearing(made: dict[str, Path], tmp_path: Path) -> None:
+    """--overwrite of an unfinished run removes journals first: they speak of the other files."""
+    from ders_cli import convert
+
+    out = tmp_path / "out"
+    command = ("compress", made["model"], "--delta", "exact", "-o", out, "-q", "-j", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        _killed_at(patch, convert.ShardWriter, "append_spool", 1)
+        with pytest.raises(Killed):
+            ders(*command)
+    with pytest.MonkeyPatch.context() as patch:
+        _killed_at(patch, Path, "unlink", 3)
+        with pytest.raises(Killed):
+            ders(*command, "--overwrite")
+    done(*command, "--resume")
+    done("verify", out, "--against", made["model"], "-q")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_resume_alone_replaces_nothing(made: dict[str, Path], tmp_path: Path) -> None:
+    """An output that only wants tidying up, and another run's unfinished one beside it."""
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        _killed_at(patch, output, "_tidy", 1)
+        with pytest.raises(Killed):
+            ders("compress", made["model"], "--delta", "int8", "-o", out, "-q")
+    command = ("compress", made["model"], "--delta", "int4", "-o", out, "-q")
+    with pytest.MonkeyPatch.context() as patch:
+        _killed_at(patch, output, "publish", 1)
+        _killed_at(patch, output, "fsync_folder", 1)
+        with pytest.raises(Killed):
+            ders(*command, "--overwrite")
+    ran = ders(*command, "--resume")
+    assert ran.code == 2 and "--overwrite replaces it" in ran.err
+    assert (out / "model.safetensors").read_bytes() == (made["int8"] / "model.safetensors").read_bytes()
+
+
+def test_looking_at_a_lock_takes_it_from_nobody(tmp_path: Path) -> None:
+    from ders_cli.checkpoint.lock import locked, refuse_locked
+
+    (tmp_path / output.LOCK).touch()
+    looking = os.open(tmp_path / output.LOCK, os.O_RDWR)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    refuse_locked(tmp_path, output.LOCK)  # two may look
+    threading.Timer(0.05, os.close, [looking]).start()
+    with locked(tmp_path, output.LOCK):
+        pass

@@ -23,7 +23,7 @@ class Journal:
 
     def __init__(self, path: Path, resume: bool):
         """`resume`: go on with the journal that stands at `path`, if it holds; else begin a new one in its place."""
-        self.path, self._lock = path, Lock()
+        self.path, self._lock, self._handle = path, Lock(), -1
         self.token = ""  # names the unfinished file that belongs to this journal
         self.done: dict[str, Any] = {}  # key -> what was noted of a finished part
         if not (resume and self._go_on()):
@@ -57,9 +57,13 @@ class Journal:
         self.token, self.done = secrets.token_hex(4), {}
         fresh = self.path.with_name(f"{self.path.name}.{self.token}")
         self._handle, self._end = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), 0
-        take(self._handle)
-        self._write({"boot": _boot(), "token": self.token})
-        os.replace(fresh, self.path)
+        try:
+            take(self._handle)
+            self._write({"boot": _boot(), "token": self.token})
+            os.replace(fresh, self.path)
+        except BaseException:
+            self.close()
+            raise
 
     def add(self, key: str, noted: Any) -> None:
         """Note that a part is finished; its bytes have been written before."""
@@ -72,7 +76,15 @@ class Journal:
         self._end += len(text)
 
     def close(self) -> None:
-        os.close(self._handle)
+        """Let it go; nothing happens where it is closed."""
+        if self._handle >= 0:
+            handle, self._handle = self._handle, -1
+            os.close(handle)
+
+    def remove(self) -> None:
+        """Nothing that it says holds any more."""
+        self.path.unlink(missing_ok=True)
+        self.close()
 
 
 def _boot() -> str:

@@ -21,6 +21,8 @@ from .files import of_file, pwrite_all
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # some network file systems: there a run goes without
 
+PATIENCE = 0.5  # seconds
+
 
 class LockedError(UsageError):
     """Another run works in the folder."""
@@ -37,13 +39,14 @@ def locked(folder: Path, name: str) -> Iterator[None]:
 
 
 def refuse_locked(folder: Path, name: str) -> None:
-    """Raise LockedError if a run works in the folder; takes nothing."""
+    """Raise LockedError if a run works in the folder. Looking takes a shared lock for a moment, which `locked` waits for."""
     try:
         handle = os.open(folder / name, os.O_RDWR | os.O_NOFOLLOW)
     except OSError:
         return
     try:
-        _lock(handle, folder)
+        if not take(handle, fcntl.LOCK_SH):
+            raise _refusal(handle, folder)
     finally:
         os.close(handle)
 
@@ -57,7 +60,8 @@ def _take(folder: Path, name: str) -> int:
             continue  # its run finished between the two calls, and the folder has its final name now
         try:
             with of_file(folder / name):
-                _lock(handle, folder)
+                if not _patiently(handle):
+                    raise _refusal(handle, folder)
             if _is_at(handle, folder / name):
                 note = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
                 with of_file(folder / name):
@@ -70,10 +74,10 @@ def _take(folder: Path, name: str) -> int:
         os.close(handle)
 
 
-def take(handle: int) -> bool:
+def take(handle: int, kind: int = fcntl.LOCK_EX) -> bool:
     """Lock an open file until it is closed; False if another handle has it."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
@@ -82,10 +86,19 @@ def take(handle: int) -> bool:
     return True
 
 
-def _lock(handle: int, folder: Path) -> None:
-    if not take(handle):
-        where = f"{folder}: another run is writing there"
-        raise LockedError(f"{where}: {_holder(handle)}; let it end, or -o names another place")
+def _patiently(handle: int) -> bool:
+    """`take`, tried for a while: somebody may only be looking."""
+    until = time.monotonic() + PATIENCE
+    while not take(handle):
+        if time.monotonic() > until:
+            return False
+        time.sleep(PATIENCE / 20)
+    return True
+
+
+def _refusal(handle: int, folder: Path) -> LockedError:
+    where = f"{folder}: another run is writing there"
+    return LockedError(f"{where}: {_holder(handle)}; let it end, or -o names another place")
 
 
 def _is_at(handle: int, path: Path) -> bool:

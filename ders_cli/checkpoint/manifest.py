@@ -8,6 +8,7 @@ layout, so the same expert has the same hash in any form of the checkpoint. `che
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def index_text(weight_map: Mapping[str, str], metadata: Mapping[str, Any]) -> by
 
 def write_file(path: Path, data: bytes) -> None:
     """Write, fsync, then take the final name."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")  # of two attempts at one file, each its own
     with of_file(partial), partial.open("wb") as file:
         file.write(data)
         file.flush()

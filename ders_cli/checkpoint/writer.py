@@ -8,9 +8,9 @@ journal, and a later writer of the same file goes on behind it.
 """
 
 import errno
-import glob
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -110,14 +110,16 @@ class ShardWriter:
     def _open(self, size: int) -> None:
         """The unfinished file: the one that the journal tells of, or a new one of `size` bytes."""
         if self._journal and self._journal.done and not _reaches(self._named(self._journal.token), size):
-            self._journal.close()
-            self._journal.begin()
+            with of_file(self._journal.path):
+                self._journal.close()
+                self._journal.begin()
         # A name of its own: of two attempts at one file, both alive where a cluster took the first for dead, the later one
         # takes away what the earlier one wrote, and the two never write into one file.
         token = self._journal.token if self._journal else secrets.token_hex(4)
         self._partial = self._named(token)
-        for left in self.path.parent.glob(f"{glob.escape(self.path.name)}.????????.*partial"):
-            if not left.name.startswith(f"{self.path.name}.{token}."):
+        attempt = re.compile(re.escape(self.path.name) + r"\.([0-9a-f]{8})(\.\d+)?\.partial")
+        for left in self.path.parent.iterdir():
+            if (found := attempt.fullmatch(left.name)) and found[1] != token:
                 left.unlink(missing_ok=True)
         self._handle = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -204,6 +206,10 @@ class ShardWriter:
             self._end += view.nbytes
         assert self._end - self._begins[name] == spec.nbytes, name
 
+    def spooled(self, name: str, spool: Path) -> bool:
+        """Whether what is to be appended under this name is there: spooled, or appended already."""
+        return spool.exists() or f"appended {name}" in self.finished
+
     def append_spool(self, name: str, spool: Path) -> None:
         """Move a spooled file behind all others, as U8, if an earlier run has not done so."""
         key = f"appended {name}"
@@ -253,7 +259,12 @@ class ShardWriter:
         assert len(text) == self._data - 8
         with of_file(self._partial):
             pwrite_all(self._handle, len(text).to_bytes(8, "little") + text, 0)
-            os.fsync(self._handle)
+            try:
+                os.fsync(self._handle)
+            except OSError:
+                if self._journal:
+                    self._journal.remove()  # the kernel may have dropped what it could not write: nothing here is finished
+                raise
         self.abandon()
         os.replace(self._partial, self.path)
         return self._end

@@ -86,13 +86,13 @@ def wrapped(at: Path, before: Callable[[Path, int, str], Progress | None]) -> Ca
     What is defined in a function is pickled by value, so the workers run it as it is patched in here.
     """
 
-    def shard(conversion: Any, folder: Path, number: int, progress: Progress) -> Any:
+    def shard(conversion: Any, folder: Path, run: str, number: int, progress: Progress) -> Any:
         import ray
 
         from ders_cli.convert import _shard
 
         given = before(at, number, ray.get_runtime_context().get_node_id())
-        return _shard(conversion, folder, number, given or progress)
+        return _shard(conversion, folder, run, number, given or progress)
 
     return shard
 

@@ -74,11 +74,11 @@ def test_resume_gives_the_same_bytes(source: Path, tmp_path: Path, monkeypatch: 
     done("compress", source, *flags, "-o", tmp_path / "whole")
     real, calls = convert._shard, []
 
-    def stops(conversion, folder, number, progress):
+    def stops(conversion, folder, run, number, progress):
         calls.append(conversion.plan.shards[number].file)
         if len(calls) == 3:
             raise Interrupted
-        return real(conversion, folder, number, progress)
+        return real(conversion, folder, run, number, progress)
 
     monkeypatch.setattr(convert, "_shard", stops)
     monkeypatch.setattr("os._exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))

@@ -7,8 +7,10 @@ import sys
 
 def _end(number: int, frame: object) -> None:
     """SIGINT or SIGTERM where there is nothing to tell: before a command begins and after it ends."""
-    os.write(2, b"ders: interrupted\n")
-    os._exit(130)
+    try:
+        os.write(2, b"ders: interrupted\n")
+    finally:  # even where nobody reads stderr any more
+        os._exit(130)
 
 
 def _catch() -> None:
@@ -22,7 +24,7 @@ def _open_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            assert os.open(os.devnull, os.O_RDWR) == number
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
             setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 

@@ -15,7 +15,7 @@ import typer
 from . import __version__, commands
 from .errors import DersError, Interrupted, in_words
 from .registry import discover
-from .report import visible
+from .report import mute, say, say_traceback, visible
 
 SCHEMA = 1
 INTERRUPTED = 130
@@ -58,9 +58,11 @@ def _interrupt(number: int, frame: object) -> None:
     _interrupted.append(number)
     if len(_interrupted) == 1:
         raise Interrupted
-    if not _said:
-        os.write(2, b"ders: interrupted again, and ended at once\n")
-    os._exit(INTERRUPTED)
+    try:
+        if not _said:
+            os.write(2, b"ders: interrupted again, and ended at once\n")
+    finally:  # even where nobody reads stderr any more
+        os._exit(INTERRUPTED)
 
 
 def main() -> None:
@@ -86,7 +88,7 @@ def main() -> None:
     except BrokenPipeError as error:
         if error.filename is not None:
             raise
-        _mute()  # whoever read our output has gone: nobody is there to tell
+        mute(1)  # whoever read our output has gone: nobody is there to tell
         sys.exit(128 + signal.SIGPIPE)
     except ImportError as error:
         _fail(f"{error}; too little memory to load it (`ulimit -v`), or ders-cli is not installed whole", 1, debug)
@@ -100,27 +102,19 @@ def main() -> None:
         _fail("out of memory; fewer --jobs need less", 1, debug)
 
 
-def _mute() -> None:
-    """What is still to be written to stdout is thrown away."""
-    if sys.stdout is sys.__stdout__:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
 def _fail(message: str, code: int, debug: bool) -> None:
     """One line on stderr, one document on stdout for --json, and the exit code."""
     if debug:
-        import traceback
-
-        traceback.print_exc()
+        say_traceback()
     message = visible(message)
-    print(f"ders: {message}", file=sys.stderr, flush=True)
+    say(message)
     _said.append(message)
     try:
         if "--json" in sys.argv:
             print(json.dumps({"schema": SCHEMA, "error": {"message": message, "exit_code": code}}))
         sys.stdout.flush()
     except OSError:
-        _mute()
+        mute(1)
     if code == INTERRUPTED:
         os._exit(code)  # worker threads may still hold blocks; there is nothing to save
     sys.exit(code)

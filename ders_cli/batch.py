@@ -11,8 +11,7 @@ import os
 import shlex
 import sys
 import time
-import traceback
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,10 @@ from .conversion_command import SCHEMA, choose_recipe, convert_model, finished
 from .errors import DersError, Interrupted, UsageError, in_words
 from .layouts import ExpertGroup
 from .options import RunOptions
-from .output import Options, is_untidy, place_output
+from .output import REPLACED, Options, is_untidy, place_output
 from .recipe import Recipe
 from .remote.address import is_remote, normal, open_store
-from .report import human_bytes, print_json, print_table
+from .report import human_bytes, print_json, print_table, say, say_traceback
 from .source import DersSource, Source, open_source
 
 FAILED, INTERRUPTED = 1, 130  # exit codes; each model's own is in the table
@@ -65,11 +64,12 @@ def run_batch(
             found = _one(command, job, recipe, run)
             results[-1] = named | {"seconds": round(time.monotonic() - begin, 2)} | found
             if not run.quiet or found["exit_code"]:
-                print(f"ders: {number}/{len(jobs)} {job.model}: {_state(results[-1])}", file=sys.stderr, flush=True)
+                say(f"{number}/{len(jobs)} {job.model}: {_state(results[-1])}")
     except Interrupted:
-        print(f"ders: {len(results)}/{len(jobs)} {results[-1]['model']}: interrupted", file=sys.stderr, flush=True)
-        _report(command, results, run)
-        sys.stdout.flush()
+        say(f"{len(results)}/{len(jobs)} {results[-1]['model']}: interrupted")
+        with suppress(OSError):  # Ctrl-C may have ended whoever reads stdout
+            _report(command, results, run)
+            sys.stdout.flush()
         os._exit(INTERRUPTED)  # worker threads may still hold blocks; there is nothing to save
     _report(command, results, run)
     return FAILED if any(result["exit_code"] for result in results) else 0
@@ -85,7 +85,8 @@ def read_entries(batch: str) -> list[tuple[str, str | None]]:
     """
     if glob.has_magic(batch) and not Path(batch).exists():
         folders = [Path(path) for path in sorted(glob.glob(os.path.expanduser(batch)))]
-        models = [path for path in folders if (path / "config.json").is_file() and path.suffix != ".partial"]
+        folders = [path for path in folders if path.suffix not in (".partial", REPLACED)]
+        models = [path for path in folders if (path / "config.json").is_file()]
         if found := [(str(path), None) for path in models if not is_ders(path)]:
             return found
         raise UsageError(f"--batch {batch}: no folder with a config.json, DeRS checkpoints aside")
@@ -161,7 +162,7 @@ def _one(command: str, job: Job, recipe: Recipe, run: RunOptions) -> dict[str, A
     except OSError as error:
         return _failure(in_words(error), FAILED)
     except Exception as error:  # a fault of ders with one model is no reason to leave out the others
-        traceback.print_exc()
+        say_traceback()
         return _failure(f"{type(error).__name__}: {error}", FAILED)
 
 

@@ -38,10 +38,11 @@ def changed(source: Source) -> list[str]:
     if not isinstance(source, DersSource):
         return []
     folder, said = source.reader.folder, []
+    along = {path.name for path in carry(folder)}  # no config.json; its links have been looked at (check_carried)
     for name, noted in source.manifest["files"].items():
         path = folder / name
         if not path.is_file():
             said.append(f"{source.reader.address}: {name} is missing; ders.json lists it")
-        elif name != "config.json" and file_hash(path) != noted:
+        elif name in along and file_hash(path) != noted:
             said.append(f"{source.reader.address}: {name} was changed since ders wrote it; it goes along as it is")
     return said

@@ -1,14 +1,13 @@
 """What compress, decompose, sparsify and quantize have in common: from parsed options to a written report."""
 
 import math
-import sys
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
 from .options import RunOptions
-from .report import human_bytes, print_json, print_table, visible
+from .report import human_bytes, print_json, print_table, say
 
 if TYPE_CHECKING:  # nothing heavy is imported until a command runs
     from .convert import Conversion
@@ -71,9 +70,9 @@ def convert_model(
                 return _planned(command, conversion)
             document = finished(command, conversion, convert.run(conversion))
     for warning in document["warnings"]:
-        print(f"ders: warning: {visible(warning)}", file=sys.stderr)
+        say(f"warning: {warning}")
     if document["left_behind"]:
-        print(f"ders: note: not carried along: {visible(', '.join(document['left_behind']))}", file=sys.stderr)
+        say(f"note: not carried along: {', '.join(document['left_behind'])}")
     return document
 
 

@@ -196,6 +196,7 @@ def _shard(conversion: Conversion, folder: Path, run: str, number: int, progress
     path, record = folder / shard.file, folder / f"{OWN}{shard.file}.json"
     if options.resume and (result := _finished(options, path, record, run)):
         progress.advance(_work(source, shard))
+        _let_go(source, shard)
         return result
     journal = folder / f"{OWN}{shard.file}.journal"
     writer = ShardWriter(path, shard.fixed, shard.appended, b"", shard.slices, journal, options.resume)
@@ -246,6 +247,14 @@ def _finished(options: Options, path: Path, record: Path, run: str) -> dict[str,
     if path.exists() and not options.target.has(path):
         options.target.put(path)
     return result if options.target.has(path) else None
+
+
+def _let_go(source: Source, shard: ShardPlan) -> None:
+    """Nothing of a finished shard will be read."""
+    for name in shard.copied:
+        source.reader.done(name)
+    for unit in shard.units:
+        source.done(unit.group, range(len(unit.group.members)))
 
 
 def _work(source: Source, shard: ShardPlan) -> int:

@@ -101,13 +101,17 @@ def _file(source: Source, folder: Path, held: Held, options: Options, number: in
         options.target.put(path)
     if options.resume and options.target.has(path):
         progress.advance(_file_bytes(entry))
+        for name in specs_of(entry):
+            source.reader.done(name)
+            for group, member in held.get(name, []):
+                source.done(group, [member])
         return
     writer = ShardWriter(path, specs_of(entry), header=_header(entry), journal=journal, resume=options.resume)
     try:
         tasks = [partial(_copy, source, writer, name, progress) for name in writer.tensors if name not in held]
         tasks += [
             partial(_experts, source, writer, piece, progress)
-            for piece in _pieces(writer.tensors, _left(writer, held, progress), options.jobs)
+            for piece in _pieces(writer.tensors, _left(source, writer, held, progress), options.jobs)
         ]
         local.run(tasks, options.jobs)
         source.check_unchanged()
@@ -119,16 +123,16 @@ def _file(source: Source, folder: Path, held: Held, options: Options, number: in
     journal.unlink(missing_ok=True)
 
 
-def _left(writer: ShardWriter, held: Held, progress: Progress) -> Held:
+def _left(source: Source, writer: ShardWriter, held: Held, progress: Progress) -> Held:
     """The experts of each tensor of a file that are not written yet."""
     left: Held = {}
     for name in writer.tensors:
-        experts = held.get(name, [])
-        todo = [(group, member) for group, member in experts if _key(group, member) not in writer.finished]
-        for group, _ in experts[len(todo) :]:
+        for group, member in held.get(name, []):
+            if _key(group, member) not in writer.finished:
+                left.setdefault(name, []).append((group, member))
+                continue
             progress.advance(TensorSpec(group.shape, group.dtype).nbytes)
-        if todo:
-            left[name] = todo
+            source.done(group, [member])
     return left
 
 
@@ -166,6 +170,7 @@ def _copy(source: Source, writer: ShardWriter, name: str, progress: Progress) ->
     key, digest, at = f"copied {name}", blake3(), 0
     if key in writer.finished:
         progress.advance(writer.tensors[name].nbytes)
+        source.reader.done(name)
         return
     for chunk in source.chunks(name):
         writer.write(name, at, chunk)

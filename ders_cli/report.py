@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
+import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
@@ -24,6 +27,30 @@ def visible(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(text: str) -> None:
+    """One line on stderr, `ders: TEXT`, with everything in it visible."""
+    _tell(f"ders: {visible(text)}")
+
+
+def say_traceback() -> None:
+    """The traceback of the error that is being handled, on stderr."""
+    _tell("\n".join(visible(line) for line in traceback.format_exc().splitlines()))
+
+
+def _tell(text: str) -> None:
+    """That nobody reads stderr any more, or that its disk is full, is no reason to stop or to end with another exit code."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        mute(2)
+
+
+def mute(number: int) -> None:
+    """What is still to be written to stdout (1) or stderr (2) is thrown away: at exit Python would fail with it again."""
+    if (sys.stdout, sys.stderr)[number - 1] is (sys.__stdout__, sys.__stderr__)[number - 1]:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 class Progress:
@@ -52,8 +79,6 @@ class _Drawn(Progress):
 @contextmanager
 def shown(title: str, total: int, quiet: bool) -> Iterator[Progress]:
     """A bar with rate and time left on stderr; nothing where stderr is no terminal or `quiet` is set."""
-    import sys
-
     if quiet or not sys.stderr.isatty():
         yield Progress()
         return
@@ -100,6 +125,4 @@ def _finite(value: Any) -> Any:
 
 
 def _is_terminal() -> bool:
-    import sys
-
     return sys.stdout.isatty()

@@ -2,13 +2,12 @@
 
 import hashlib
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
 from .options import RunOptions
-from .report import human_bytes, print_json, print_table, visible
+from .report import human_bytes, print_json, print_table, say
 
 SCHEMA = 1
 
@@ -163,7 +162,7 @@ def _fit(dense: Path, router: str, experts: int) -> Any:
 
 def _print(document: dict[str, Any], run: RunOptions) -> None:
     if document["left_behind"] and not run.dry_run:
-        print(f"ders: note: not carried along: {visible(', '.join(document['left_behind']))}", file=sys.stderr)
+        say(f"note: not carried along: {', '.join(document['left_behind'])}")
     if run.as_json:
         print_json(document)
         return

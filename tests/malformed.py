@@ -1384,13 +1384,22 @@ def _fields() -> Iterator[Case]:
     )
     yield case("source.index: text null", _put(("source", "index"), index | {"text": None}), "source.index")
     yield case("source.index: metadata a list", _put(("source", "index"), {"metadata": []}), "source.index.metadata")
-    for name in ("../../x", "/etc/passwd", "a\0b", "missing.json", "", "..", "\x1b[31m"):
+    for name in ("../../x", "/etc/passwd", "/proc/self/pagemap", "a\0b", "", "..", ".", ".x", "a/b", "y" * 256):
         yield Case(
             "ders.json",
-            f"files: {name!r}",
+            f"files: {name!r:.60}",
             "int4",
             _manifest(_put(("files", name), "0" * 64)),
-            (Run(VERIFY, 3, "missing; ders.json lists it"),),
+            _refused("ders.json: files: ", VERIFY, RESTORE),  # what it says of another place: nothing
+        )
+    for name in ("missing.json", "\x1b[31m", "x" * 255):
+        yield Case(
+            "ders.json",
+            f"files: {name!r:.60}",
+            "int4",
+            _manifest(_put(("files", name), "0" * 64)),
+            (Run(VERIFY, 3, "missing; ders.json lists it"), Run(RESTORE, 0, "is missing; ders.json lists it")),
+            "restore gives what there is, and says what is not",
         )
     yield Case(
         "ders.json",

@@ -79,6 +79,19 @@ def test_a_glob_leaves_out_what_ders_wrote(models: Path) -> None:
         }
 
 
+def test_a_glob_leaves_out_an_output_that_was_being_replaced(models: Path) -> None:
+    (models / "c").rename(models / "c.ders-replaced")  # killed between two renames: the old output, a plain one
+    found = done("compress", "--batch", f"{models}/*", "--dry-run", "--json").json
+    assert [Path(each["model"]).name for each in found["batch"]] == ["a", "b"]
+
+
+def test_a_stranger_s_names_move_no_cursor(models: Path) -> None:
+    (models / "b").rename(models / "b\x1b[2J")
+    (models / "c" / "config.json").write_text('{"model_type": "\x1b]0;title\x07"}')
+    ran = ders("compress", "--batch", f"{models}/*")
+    assert "b\\x1b[2J: done" in ran.err and all(letter.isprintable() or letter == "\n" for letter in ran.err + ran.out)
+
+
 def test_output_folder(models: Path, tmp_path: Path) -> None:
     listed = write_list(models, f"{models}/a", f"{models}/b named", f"{models}/c {tmp_path}/apart")
     ran = done("compress", "--batch", listed, "-o", tmp_path / "small", "-q")
@@ -258,6 +271,9 @@ def test_an_interrupt_stops_with_the_summary_so_far(models: Path, monkeypatch: p
     assert ran.code == 130 and [each["exit_code"] for each in ran.json["batch"]] == [0, 130]
     ran = ders("compress", "--batch", f"{models}/*")
     assert "already done" in ran.out and "interrupted" in ran.out and "2/3" in ran.err
+    with monkeypatch.context() as patch:  # Ctrl-C has ended the reader of our output, too
+        patch.setattr(batch, "_report", lambda *given: (_ for _ in ()).throw(BrokenPipeError(32, "Broken pipe")))
+        assert ders("compress", "--batch", f"{models}/*").code == 130
     monkeypatch.setattr(convert, "run", real)
     assert [each["skipped"] for each in done("compress", "--batch", f"{models}/*", "--json").json["batch"]] == [
         True,

@@ -1,12 +1,16 @@
 """The command line's promises: exit codes, JSON, names, start-up."""
 
 import json
+import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -123,9 +127,6 @@ def test_quantised_sources_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_interrupt_is_130(model: Path, tmp_path: Path) -> None:
     """SIGINT and SIGTERM while a conversion runs: a sentence, 130, nothing under the final name."""
-    import os
-    import signal
-
     big = tmp_path / "big"
     toy.make("mixtral", big, dtype=torch.bfloat16, hidden_size=1024, intermediate_size=2048, num_local_experts=8)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -193,6 +194,75 @@ def test_lossy_checkpoints_are_not_converted_again(model: Path, tmp_path: Path) 
     done("compress", model, "--delta", "int8", "-o", tmp_path / "int8", "-q")
     ran = ders("quantize", tmp_path / "int8", "-o", tmp_path / "x")
     assert ran.code == 2 and "lossy already" in ran.err
+
+
+@pytest.fixture
+def full() -> Iterator[IO[str]]:
+    """Where every write fails: no space left on the device."""
+    with open("/dev/full", "w") as file:
+        yield file
+
+
+def _unheard(stderr: IO[str], *arguments: object) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    environment.pop("PYTHONUNBUFFERED", None)  # what cannot be written is kept, and tried again at exit
+    command = [sys.executable, "-m", "ders_cli", *map(str, arguments)]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
+
+
+def test_an_error_that_nobody_reads_keeps_its_exit_code(full: IO[str]) -> None:
+    for more in ((), ("--debug",)):
+        ran = _unheard(full, "verify", "/nosuch", "--json", *more)
+        assert ran.returncode == 2 and json.loads(ran.stdout)["error"]["exit_code"] == 2
+
+
+def test_a_warning_that_nobody_reads_stops_nothing(model: Path, tmp_path: Path, full: IO[str]) -> None:
+    done("compress", model, "-o", tmp_path / "small", "-q")
+    (tmp_path / "small" / "generation_config.json").write_text("{}")
+    (tmp_path / "small" / "folder").mkdir()
+    done("decompose", model, "-o", tmp_path / "exact", "-q")
+    (tmp_path / "exact" / "generation_config.json").write_text("{}")
+    (tmp_path / "exact" / "folder").mkdir()
+    (tmp_path / "list").write_text(f"{tmp_path}/nowhere\n{model} {tmp_path}/listed\n")
+    for number, arguments in enumerate(
+        (
+            ("restore", tmp_path / "small", "-o", tmp_path / "plain", "--json"),
+            ("compress", tmp_path / "exact", "-o", tmp_path / "again", "--json"),
+            ("compress", "--batch", tmp_path / "list", "--json"),
+        )
+    ):
+        ran = _unheard(full, *arguments)
+        assert ran.returncode == number // 2 and json.loads(ran.stdout)["command"] == arguments[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where", ["app._interrupt", "__main__._end"])
+def test_a_signal_ends_it_though_nobody_reads_why(where: str, number: int, full: IO[str]) -> None:
+    """The second one, and one before or after the command."""
+    module, function = where.split(".")
+    code = f"import os, signal\nfrom ders_cli import {module}\nif {module!r} == 'app': app._interrupted.append(0)\n"
+    code += f"signal.signal({int(number)}, {where})\nos.kill(os.getpid(), {int(number)})\nwhile True: pass"
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT}/kernels"}
+    assert subprocess.run([sys.executable, "-c", code], stderr=full, env=environment, timeout=60).returncode == 130
+
+
+def test_an_interrupt_that_nobody_reads_is_130(tmp_path: Path, full: IO[str]) -> None:
+    code = "import sys\nfrom ders_cli import app\nfrom ders_cli.errors import Interrupted\n"
+    code += "def interrupted(): raise Interrupted\napp.app = interrupted\nsys.argv = ['ders', '--json']\napp.main()"
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT}/kernels"}
+    ran = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=full, text=True, env=environment)
+    assert ran.returncode == 130 and json.loads(ran.stdout)["error"]["exit_code"] == 130
+
+
+def test_lost_streams_under_optimisation() -> None:
+    """python -O leaves out what stands in an assert."""
+    ran = subprocess.run(
+        ["sh", "-c", 'exec "$0" -O -m ders_cli --help <&-', sys.executable],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": f"{ROOT}:{ROOT}/kernels"},
+    )
+    assert ran.returncode == 0 and "compress" in ran.stdout and ran.stderr == "", ran
 
 
 def test_quiet_off_terminal(model: Path, tmp_path: Path) -> None:

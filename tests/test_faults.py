@@ -114,7 +114,10 @@ def test_a_damaged_checkpoint_is_not_converted(folders: dict[str, Path], tmp_pat
             assert ran.code == 0
             continue
         assert ran.code == 4 and not (tmp_path / kind).exists(), (kind, ran)
-        assert (tensor if kind == "copied" else tensor.removesuffix(".base").split(".delta.")[0]) in ran.err, (kind, ran)
+        assert (tensor if kind == "copied" else tensor.removesuffix(".base").split(".delta.")[0]) in ran.err, (
+            kind,
+            ran,
+        )
 
 
 def test_flipped_bits_in_ders_json(folders: dict[str, Path], tmp_path: Path) -> None:

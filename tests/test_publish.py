@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import threading
@@ -13,6 +14,8 @@ import toy
 from command import contents, ders, done
 
 from ders_cli import output
+from ders_cli.checkpoint.manifest import manifest_text
+from ders_cli.errors import UsageError
 
 
 class Killed(BaseException):
@@ -290,3 +293,44 @@ def test_looking_at_a_lock_takes_it_from_nobody(tmp_path: Path) -> None:
     threading.Timer(0.05, os.close, [looking]).start()
     with locked(tmp_path, output.LOCK):
         pass
+
+
+def test_a_journal_whose_writer_lives_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two who write one shard, which a lock that the file system does not have would allow, do not share a journal."""
+    from ders_cli.checkpoint import journal
+
+    (tmp_path / "boot").write_text("this one")
+    monkeypatch.setattr(journal, "BOOT", tmp_path / "boot")
+    first = journal.Journal(tmp_path / "journal", resume=False)
+    first.add("a", 1)
+    second = journal.Journal(tmp_path / "journal", resume=True)
+    assert second.done == {} and second.token != first.token
+    first.add("b", 2)  # into a file without a name
+    first.close()
+    second.add("c", 3)
+    second.close()
+    third = journal.Journal(tmp_path / "journal", resume=True)
+    assert third.done == {"c": 3} and third.token == second.token
+    third.close()
+
+
+def test_an_output_that_came_to_be_meanwhile(tmp_path: Path) -> None:
+    """Another run ended between the look at OUT and the lock: OUT is refused, and no OUT.partial stays."""
+    out = tmp_path / "out"
+    output.refuse_occupied(out, output.Options())
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="not empty"), output.begin(out, output.Options(), {}):
+        pass
+    assert list(tmp_path.iterdir()) == [out] and contents(out) == {"config.json": b"{}"}
+
+
+def test_what_stays_behind_is_not_looked_into(made: dict[str, Path], tmp_path: Path) -> None:
+    """A link that nobody would follow, listed in a stranger's ders.json: no hash of what it leads to is made."""
+    model = Path(shutil.copytree(made["int4"], tmp_path / "model"))
+    (tmp_path / "secret").write_text("hunter2")
+    (model / "x.bin").symlink_to(tmp_path / "secret")
+    manifest = json.loads((model / "ders.json").read_text())
+    manifest["files"]["x.bin"] = "0" * 64
+    (model / "ders.json").write_bytes(manifest_text(manifest))
+    assert "x.bin" not in done("restore", model, "-o", tmp_path / "out", "-q").err

@@ -1,13 +1,22 @@
 """There and back: every storage family, exact to the bit; restored folders load in stock transformers."""
 
 import hashlib
+import json
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import toy
-from command import contents, done
+from command import contents, ders, done
 from transformers import AutoModelForCausalLM
+
+from ders_cli import plain
+from ders_cli.checkpoint.reader import CheckpointReader
+from ders_cli.checkpoint.writer import ShardWriter
+from ders_cli.layouts import ExpertGroup, MatrixView
+from ders_cli.report import Progress
 
 FUSED = ["mixtral", "qwen3_moe", "lfm2_moe", "jamba"]  # stored per expert as a rule, and fused on request
 
@@ -144,3 +153,43 @@ def test_decomposed_converts_like_the_original(tmp_path: Path) -> None:
         done(command[0], source, *command[1:], "-o", first, "-q")
         done(command[0], exact, *command[1:], "-o", second, "-q")
         assert contents(first) == contents(second)
+
+
+class Killed(BaseException):
+    """What a SIGKILL does to the code behind it, in a test."""
+
+
+def test_a_resumed_restore_lets_go_of_what_the_last_run_finished(tmp_path: Path, monkeypatch) -> None:
+    """Or the pieces of a remote checkpoint that hold it stay in scratch to the end. It counts as progress, too."""
+
+    def killed(writer: ShardWriter) -> None:
+        raise Killed
+
+    packed, out, moved, let_go = tmp_path / "packed", tmp_path / "out", Counter(), set()
+    monkeypatch.setattr(Progress, "advance", lambda self, count: moved.update({"bytes": count}))
+    toy.make("gpt_oss", tmp_path / "model", dtype=torch.bfloat16)
+    done("compress", tmp_path / "model", "--delta", "exact", "-o", packed, "-q")
+    moved.clear()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ShardWriter, "close", killed)  # every part of the shard is in its journal
+        ders("restore", packed, "-o", out, "-q", "-j", 1)
+    whole = Counter(moved)
+    moved.clear()
+    monkeypatch.setattr(CheckpointReader, "done", lambda self, name: let_go.add(name))
+    done("restore", packed, "-o", out, "-q", "-j", 1, "--resume")
+    manifest = json.loads((packed / "ders.json").read_text())
+    assert let_go == set(manifest["tensors"]) - set(manifest["guards"]) and moved == whole
+    assert contents(out) == contents(tmp_path / "model")
+
+
+def test_progress_of_groups_that_share_a_tensor() -> None:
+    """A finished expert counts with its own size, wherever it stands in the tensor."""
+    groups = [
+        ExpertGroup(name, 0, "up", "BF16", (("0", MatrixView("t", shape, 0, 1, 1)),))
+        for name, shape in (("small", (2, 2)), ("large", (4, 4)))
+    ]
+    held, moved, freed = {"t": [(group, 0) for group in groups]}, [], []
+    writer = SimpleNamespace(tensors={"t": None}, finished={"expert 0 of small": []})
+    source = SimpleNamespace(done=lambda group, members: freed.append((group.name, members)))
+    left = plain._left(source, writer, held, SimpleNamespace(advance=moved.append))
+    assert left == {"t": [(groups[1], 0)]} and moved == [2 * 2 * 2] and freed == [("small", [0])]

@@ -1,5 +1,6 @@
 """The shape of ders.json (docs/format.md, section 6), checked as hostile input: types, ranges, file names."""
 
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -109,6 +110,17 @@ class Manifest(_Part):
     tensors: dict[str, Annotated[list[Digest], Field(min_length=1)]]
     files: dict[str, Digest]
     bytes: dict[str, float]
+
+    @field_validator("files")
+    @classmethod
+    def _file_names(cls, files: dict[str, str]) -> dict[str, str]:
+        for name in files:
+            plain = PurePath(name).name == name and "\0" not in name and len(name.encode()) < 256
+            if not name or not plain or name.startswith("."):
+                raise ValueError(
+                    f"{name!r:.80} is not the name of a file that goes along, in this folder and not hidden"
+                )
+        return files
 
     @field_validator("groups")
     @classmethod

@@ -262,9 +262,13 @@ class CheckpointReader:
         self.__dict__.update(state)
         self._handles, began, self._stamps = {}, self._stamps, dict(self._stamps)
         try:
-            for file in self.files:
-                self._handles[file], self._stamps[file] = open_regular(self.folder / file, "a safetensors file")
-                if what := began[file].difference(self._stamps[file], same_node=False):
+            for file, stamp in began.items():
+                handle, self._stamps[file] = open_regular(self.folder / file, "the file that was opened elsewhere")
+                if file in self.files:
+                    self._handles[file] = handle
+                else:
+                    os.close(handle)
+                if what := stamp.difference(self._stamps[file], same_node=False):
                     raise _mixture(self.folder / file, what)
         except BaseException:
             CheckpointReader.close(self)
@@ -278,7 +282,8 @@ class CheckpointReader:
                 now = Stamp.of(path.stat())
             except FileNotFoundError:
                 raise _mixture(path, "vanished") from None
-            if what := stamp.difference(now):
+            # an open file keeps its inode; of another one, some file systems (FUSE) give a new number at each look
+            if what := stamp.difference(now, same_node=file in self._handles):
                 raise _mixture(path, what)
 
     def _check_index(self, weight_map: dict[str, str]) -> None:

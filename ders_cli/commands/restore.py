@@ -1,7 +1,5 @@
 """ders restore"""
 
-import sys
-
 from .. import options as o
 
 SCHEMA = 1
@@ -32,7 +30,7 @@ def restore(
     from ..carried import changed
     from ..output import place_output
     from ..plain import planned_plain
-    from ..report import print_json, visible
+    from ..report import print_json, say
     from ..source import open_source
 
     run = o.RunOptions(jobs, None, "5GB", dry_run, overwrite, resume, quiet, as_json, engine, address, scratch)
@@ -43,8 +41,15 @@ def restore(
         plan = planned_plain(ders) if dry_run else action.restore(ders, out, options)
         warnings = changed(ders)
     for warning in warnings:
-        print(f"ders: warning: {visible(warning)}", file=sys.stderr)
-    document = {"schema": SCHEMA, "command": "restore", "output": shown, "dry_run": dry_run, "plan": plan, "warnings": warnings}
+        say(f"warning: {warning}")
+    document = {
+        "schema": SCHEMA,
+        "command": "restore",
+        "output": shown,
+        "dry_run": dry_run,
+        "plan": plan,
+        "warnings": warnings,
+    }
     if as_json:
         print_json(document)
     elif dry_run:

@@ -6,7 +6,6 @@ One pass: a group's tensors are hashed, then its experts decoded from what the p
 import json
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from blake3 import blake3

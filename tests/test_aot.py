@@ -131,6 +131,7 @@ def test_good_kernels_and_their_page(tmp_path):
     assert code == 1 and "page: -product: 16 rows" in said and "65 rows" not in said
 
 
+@pytest.mark.slow
 def test_bad_kernels(tmp_path):
     """Each fails, with its reason, on each target that it is bad for."""
     code, _, said = gate("--package", "bad", path=plant(tmp_path, "bad", BAD))

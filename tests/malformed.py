@@ -775,7 +775,7 @@ def _index() -> Iterator[Case]:
     for name, file in {
         "a way out": "../plain/model.safetensors",
         "an absolute path": "/etc/passwd",
-        "an absolute weight file": "/tmp/x.safetensors",
+        "an absolute weight file": "/elsewhere/x.safetensors",
         "a folder's file": "sub/model.safetensors",
         "a dot in front": "./" + SHARDS[0],
         "..": "..",
@@ -1307,7 +1307,7 @@ def _fields() -> Iterator[Case]:
     file = ("source", "files", MODEL)
     for name, to in {
         "a way out": "../x.safetensors",
-        "absolute": "/tmp/x.safetensors",
+        "absolute": "/elsewhere/x.safetensors",
         "a folder's": "a/x.safetensors",
         "a NUL": "a\0.safetensors",
         "a line end": "a\n.safetensors",

@@ -46,7 +46,7 @@ class MemoryReader(CheckpointReader):
         view[:] = np.frombuffer(data, np.uint8, view.size, begin)
 
     def close(self) -> None:
-        pass
+        """Nothing is open."""
 
 
 def decode(data: bytes) -> None:

@@ -171,8 +171,11 @@ def test_a_twin_that_fails_says_so(model, tmp_path):
 
 
 @pytest.mark.parametrize("delta", ["int4", "exact"])
-def test_computing_is_the_whole_without_the_disk(model, tmp_path, delta):
+def test_computing_is_the_whole_without_the_disk(model, tmp_path, delta, monkeypatch):
     """The same experts, coded to the same bits; hardly a byte read, none kept."""
+    monkeypatch.setattr(
+        local, "_one_blas_thread", nullcontext
+    )  # it reads /proc: the more, the more libraries are loaded
     packed, found = tmp_path / "packed", {}
     expected = _compress(model, delta, 2, packed)
     held = Held([model])
@@ -183,14 +186,16 @@ def test_computing_is_the_whole_without_the_disk(model, tmp_path, delta):
     moved = _counted(lambda: _computed(work, tmp_path / "none", held))
     assert found["groups"] == expected["groups"]
     size, spool = sum(len(data) for data in contents(packed).values()), 600_000
-    header = 8 * 3000 + 3 * 80_000  # opened by Python's own files, like those that are carried
-    assert moved.read < LIBRARIES + header + (size + spool) * (delta == "exact") and moved.written < 200_000
+    header = (
+        8 * 3000 + 4 * 80_000
+    )  # opened by Python's own files, like those that are carried: copied, hashed before and after
+    assert moved.read < header + (size + spool) * (delta == "exact") and moved.written < 200_000
     left = [path.stat() for path in (tmp_path / "none").iterdir()]
     assert sum(stat.st_size for stat in left) > 0.6 * size and sum(stat.st_blocks for stat in left) * 512 < 200_000
     for name, other in _works(model, packed, delta, 2).items():  # damaged bytes would be found
         if name != "compress":
             moved = _counted(partial(_computed, other, tmp_path / name, Held([packed, model])))
-            assert moved.written < 200_000 and moved.read < 3 * LIBRARIES + header, name
+            assert moved.written < 200_000 and moved.read < header, name
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "dbrx", "granitemoe"])

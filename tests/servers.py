@@ -343,7 +343,7 @@ class Bucket:
     client: object  # boto3's
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, key, Range
     # -> 503, cut; lax: does not know If-Match, whole: nor ranges
-    fault: Callable[[str, str, int], str] = lambda method, key, number: ""
+    fault: Callable[[str, str, int, str], str] = lambda method, key, number, wanted: ""
 
     def files(self, prefix: str) -> dict[str, bytes]:
         """Objects directly below a prefix."""
@@ -372,8 +372,9 @@ def bucket_server() -> Iterator[Bucket]:
         method, key = environ["REQUEST_METHOD"], environ["PATH_INFO"].removeprefix("/models").strip("/")
         with lock:
             number = sum(one[:2] == (method, key) for one in bucket.requests)
-            bucket.requests.append((method, key, environ.get("HTTP_RANGE", "")))
-        fault = bucket.fault(method, key, number)
+            wanted = environ.get("HTTP_RANGE", "")
+            bucket.requests.append((method, key, wanted))
+        fault = bucket.fault(method, key, number, wanted)
         if fault == "503":
             start_response("503 Slow Down", [("Content-Type", "application/xml")])
             return [b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"]

@@ -59,7 +59,7 @@ def stages(source: Source, recipe: Recipe, scratch: Path) -> dict[str, float]:
         for group in groups:
             with TemporaryDirectory(dir=scratch) as folder:
                 path = Path(folder) / "stages.safetensors"
-                done += _group(source, group, recipe.codec(group), recipe.seed, path, clock)
+                done += _group(source, group, recipe.codecs(group)[0], recipe.seed, path, clock)
     return {stage: seconds / done * 1e9 for stage, seconds in clock.seconds.items()}
 
 

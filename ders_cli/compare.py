@@ -18,6 +18,7 @@ import numpy as np
 from blake3 import blake3
 from ders_kernels.cpu_ops import floats
 
+from .aligned import AlignedSource
 from .base import MEAN_BYTES, mean
 from .checkpoint.tensor import TensorSpec
 from .differences import Differences
@@ -172,14 +173,34 @@ def _diagnose(tested, reference, group, other, i, j, matched: Matched, labels: d
     """What a difference looks like. `labels`: {hash: the reference's expert that has it}."""
     if bad is not None:
         return f"NaN or infinity at [{bad[0]}, {bad[1]}]"
-    if matched.hash in labels:
-        return f"holds the reference's expert {labels[matched.hash]}"
+    if holds := labels.get(matched.hash) or _reordered(tested, reference, group, other, i, matched, labels):
+        return f"holds the reference's expert {holds}"
     if zero:
         return "is all zeros"
     if group.shape[0] == group.shape[1] and matched.errors["weight"] > 0.5:
         if np.array_equal(_whole(tested, group, i), _whole(reference, other, j).T):
             return "is transposed"
     return ""
+
+
+def _reordered(tested, reference, group, other, i, matched: Matched, labels: dict[str, str]) -> str | None:
+    """As `labels` says, where one checkpoint was read in the other's order: each expert in its own, so a swapped one in a
+    stranger's."""
+    if isinstance(reference, AlignedSource):
+        order = reference.order(other, matched.label)
+        members = enumerate(other.members)
+        return next((label for j, (label, _) in members if _hash_in(reference, other, j, order) == matched.hash), None)
+    if isinstance(tested, AlignedSource):
+        held = ((label, _hash_in(tested, group, i, tested.order(group, label))) for label, _ in other.members)
+        return next((label for label, digest in held if labels.get(digest) == label), None)
+    return None
+
+
+def _hash_in(source: AlignedSource, group: ExpertGroup, member: int, order: np.ndarray) -> str:
+    digest = blake3()
+    for rows in source.blocks(group):
+        digest.update(source.read_in(group, member, rows, order).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
 
 
 def _whole(source: Source, group: ExpertGroup, member: int) -> np.ndarray:

@@ -25,7 +25,8 @@ from .checkpoint.manifest import MANIFEST, file_names, index_text, manifest_text
 from .checkpoint.reader import INDEX
 from .checkpoint.tensor import TensorSpec
 from .checkpoint.writer import ShardWriter
-from .convert_group import convert_group
+from .codecs.mixed import families
+from .convert_group import Encoder, convert_group
 from .describe import config_text, describe, file_hash, planned_manifest_bytes
 from .engines import local
 from .errors import CheckpointError, UnsupportedError, UsageError
@@ -48,11 +49,17 @@ class Conversion:
     plan: Plan
     out: Path
     options: Options
+    encoder: Encoder | None = None  # chooses the parts where it can; None: the codecs do
 
     @cached_property
     def manifest_bytes(self) -> int:
         """The size that ders.json will have: a second of work where there are 70,000 matrices."""
-        return planned_manifest_bytes(self.source, self.recipe, self.plan)
+        return planned_manifest_bytes(self.source, self.recipe, self.plan, self.calibration)
+
+    @property
+    def calibration(self) -> dict[str, Any] | None:
+        """What ders.json says of the encoder."""
+        return self.encoder.label if self.encoder else None
 
     def check_unchanged(self) -> None:
         """Raise DersError if a file that is read is not what it was when it was opened."""
@@ -76,22 +83,31 @@ class Conversion:
             + sum(p.stat().st_size for p in carry(folder)),
             "exact": self.plan.stream_bound == 0,
             "shards": len(shards),
-            "peak_memory_bytes": self.plan.peak_memory(self.options.jobs),
+            "peak_memory_bytes": _peak_memory(self.plan, self.options.jobs, self.encoder),
         }
 
 
-def prepare(source: Source, recipe: Recipe, out: Path, options: Options, base: Base | None = None) -> Conversion:
+def prepare(
+    source: Source,
+    recipe: Recipe,
+    out: Path,
+    options: Options,
+    base: Base | None = None,
+    encoder: Encoder | None = None,
+) -> Conversion:
     """Everything that can be refused is refused here, before a byte is written. `base`: where the recipe doesn't say it."""
     with ExitStack() as opened:
         if base is None and not isinstance(source, DersSource):
             base = make_base(recipe.base, options.scratch)
             opened.callback(base.close)
-        conversion = _prepared(source, recipe, out, options, base)
+        conversion = _prepared(source, recipe, out, options, base, encoder)
         opened.pop_all()
     return conversion
 
 
-def _prepared(source: Source, recipe: Recipe, out: Path, options: Options, base: Base | None) -> Conversion:
+def _prepared(
+    source: Source, recipe: Recipe, out: Path, options: Options, base: Base | None, encoder: Encoder | None
+) -> Conversion:
     inputs, addresses = [*source.folders, *(base.folders if base else ())], [source.reader.address]
     if base is not None:
         addresses += [base.address] if isinstance(base, DenseBase) else []
@@ -115,17 +131,25 @@ def _prepared(source: Source, recipe: Recipe, out: Path, options: Options, base:
     plan = make_plan(source, recipe, base, options.max_shard_bytes)
     refuse_occupied(out, options, *inputs, addresses=addresses)
     if options.max_memory is not None:
-        options = replace(options, jobs=_jobs_within(plan, options))
-    return Conversion(source, recipe, base, plan, out, options)
+        options = replace(options, jobs=_jobs_within(plan, options, encoder))
+    return Conversion(source, recipe, base, plan, out, options, encoder)
 
 
-def _jobs_within(plan: Plan, options: Options) -> int:
+def _peak_memory(plan: Plan, jobs: int, encoder: Encoder | None) -> int:
+    """As the plan's, and what an encoder takes in each thread."""
+    if encoder is None:
+        return plan.peak_memory(jobs)
+    of_units = ((unit.group, families(unit.codec, len(unit.group.members))) for unit in plan.units)
+    more = max((encoder.memory(family.codec, group) for group, found in of_units for family in found), default=0)
+    return plan.peak_memory(jobs) + jobs * more
+
+
+def _jobs_within(plan: Plan, options: Options, encoder: Encoder | None) -> int:
     for jobs in range(options.jobs, 0, -1):
-        if plan.peak_memory(jobs) <= options.max_memory:
+        if _peak_memory(plan, jobs, encoder) <= options.max_memory:
             return jobs
-    raise UsageError(
-        f"--max-memory {human_bytes(options.max_memory)}: one thread needs about {human_bytes(plan.peak_memory(1))} for this model"
-    )
+    least = human_bytes(_peak_memory(plan, 1, encoder))
+    raise UsageError(f"--max-memory {human_bytes(options.max_memory)}: one thread needs about {least} for this model")
 
 
 def run(conversion: Conversion) -> dict[str, Any]:
@@ -135,6 +159,7 @@ def run(conversion: Conversion) -> dict[str, Any]:
     codecs = json.dumps([unit.codec.config for unit in plan.units])  # a source may have a say in them
     mark = fingerprint(source, conversion.recipe, options, conversion.base)
     mark["form"] = hashlib.sha256(codecs.encode()).hexdigest()
+    mark["calibration"] = json.dumps(conversion.calibration, sort_keys=True)
     conversion.check_unchanged()  # so the mark is of what was opened
     with begin(conversion.out, options, mark) as folder:
         if folder is None:
@@ -155,7 +180,14 @@ def _write_rest(
     """Everything but the weight files; returns ders.json's content."""
     source = conversion.source
     copy_carried(source, folder, hashes)
-    manifest = describe(source, conversion.recipe, conversion.plan, results, lambda path: file_hash(folder / path.name))
+    manifest = describe(
+        source,
+        conversion.recipe,
+        conversion.plan,
+        results,
+        lambda path: file_hash(folder / path.name),
+        conversion.calibration,
+    )
     write_file(folder / "config.json", config_text(source))
     if len(results) > 1:
         by_name = {
@@ -184,7 +216,17 @@ def fingerprint(source: Source, recipe: Recipe, options: Options, base: Base | N
         "source": files | {"headers": hashlib.sha256(repr(headers).encode()).hexdigest()},
         "shard size": str(options.max_shard_bytes),
         "upcycling": json.dumps(source.upcycling),
+        "aligned": _orders_digest(source),
     }
+
+
+def _orders_digest(source: Source) -> str:
+    """SHA-256 of the orders in which experts' neurons are read."""
+    digest = hashlib.sha256()
+    for name in source.aligned:
+        for chunk in source.chunks(name):
+            digest.update(name.encode() + chunk.tobytes())
+    return digest.hexdigest()
 
 
 def _shard(conversion: Conversion, folder: Path, run: str, number: int, progress: Progress) -> dict[str, Any]:
@@ -201,18 +243,18 @@ def _shard(conversion: Conversion, folder: Path, run: str, number: int, progress
     journal = folder / f"{OWN}{shard.file}.journal"
     writer = ShardWriter(path, shard.fixed, shard.appended, b"", shard.slices, journal, options.resume)
     try:
-        spools = [writer.spool(number) for number in range(len(shard.units))]
+        spools = {name: writer.spool(number) for number, name in enumerate(shard.appended)}
         tasks = []
         for name in shard.copied:
             tasks.append(([name], partial(_copy, source, writer, name, progress)))
-        for unit, spool in zip(shard.units, spools, strict=True):
-            tasks.append((source.tensors_of(unit.group), partial(_convert, conversion, unit, writer, spool, progress)))
+        for unit in shard.units:
+            own = {name: spools[name] for name, spec in unit.parts.items() if spec is None}
+            tasks.append((source.tensors_of(unit.group), partial(_convert, conversion, unit, writer, own, progress)))
         entries = _in_file_order(source, tasks, options.jobs)[len(shard.copied) :]
         for name in shard.guards:
             writer.write(name, 0, np.frombuffer(GUARD_TEXT, np.uint8))
-        for unit, spool in zip(shard.units, spools, strict=True):
-            for name in (name for name, spec in unit.parts.items() if spec is None):
-                writer.append_spool(name, spool)
+        for name, spool in spools.items():
+            writer.append_spool(name, spool)
         sizes = {name: writer.tensors[name].nbytes for name in shard.appended}
         hashes = writer.hashes()
         if isinstance(source, DersSource):
@@ -290,15 +332,15 @@ def _copy(source: Source, writer: ShardWriter, name: str, progress: Progress) ->
 
 
 def _convert(
-    conversion: Conversion, unit: Unit, writer: ShardWriter, spool: Path, progress: Progress
+    conversion: Conversion, unit: Unit, writer: ShardWriter, spools: dict[str, Path], progress: Progress
 ) -> dict[str, Any]:
     """A group's entry for ders.json: from the journal if it is written already."""
     source, group, key = conversion.source, unit.group, f"group {unit.group.name}"
-    streams = [name for name, spec in unit.parts.items() if spec is None]
-    if key in writer.finished and all(writer.spooled(name, spool) for name in streams):
+    if key in writer.finished and all(writer.spooled(name, spool) for name, spool in spools.items()):
         progress.advance(TensorSpec(group.shape, group.dtype).nbytes * len(group.members))
         source.done(group, range(len(group.members)))
         return writer.finished[key]
-    entry = convert_group(source, conversion.base, conversion.recipe.seed, unit, writer, spool, progress)
+    seed, encoder = conversion.recipe.seed, conversion.encoder
+    entry = convert_group(source, conversion.base, seed, unit, writer, spools, progress, encoder)
     writer.finish(key, [name for name, spec in unit.parts.items() if spec is not None], entry)
     return entry

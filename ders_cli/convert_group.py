@@ -4,9 +4,11 @@ This is where a conversion's time and memory go: the rows of all experts of one 
 fp32 copies of one expert's rows.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from blake3 import blake3
@@ -17,7 +19,9 @@ from .base import MEAN_BYTES, Base, MeanBase
 from .checkpoint.files import of_file
 from .checkpoint.tensor import TensorSpec
 from .checkpoint.writer import ShardWriter
+from .codecs import DeltaCodec
 from .codecs.base import NonFiniteError, Parts
+from .codecs.mixed import Family, families, family_of
 from .describe import group_entry
 from .differences import Differences
 from .errors import CheckpointError
@@ -29,66 +33,135 @@ from .source import BLOCK_WEIGHTS, DersSource, Source, row_blocks
 ReadRows = Callable[[int, slice], np.ndarray]  # (expert, rows) -> stored bits
 
 
+class Encoder(Protocol):
+    """Another way to choose a codec's parts, such as by what a model's inputs are. They decode as any parts do."""
+
+    label: dict[str, Any]  # what it is and from what, as JSON: `calibration` in ders.json
+
+    def encode(
+        self,
+        group: ExpertGroup,
+        member: int,
+        codec: DeltaCodec,
+        expert: np.ndarray,
+        base: np.ndarray,
+        key: int,
+        row: int,
+    ) -> Parts | None:
+        """Stored bits [rows, in] of an expert and its base, from row `row` on -> parts; None: as the codec chooses them.
+
+        The parts of some rows do not depend on the block that they came in. Raises NonFiniteError. Threads call it at once.
+        """
+
+    def block_rows(self, codec: DeltaCodec, shape: tuple[int, int]) -> int | None:
+        """Rows that must come together where it chooses this codec's parts, or None: as the codec has it."""
+
+    def memory(self, codec: DeltaCodec, group: ExpertGroup) -> int:
+        """Bytes that `encode` takes at once, beside the rows that it is given."""
+
+
+@dataclass
+class _Expert:
+    """One expert of a group: what stands for it, and what is known of it so far."""
+
+    number: int  # in the group
+    family: Family
+    place: int  # in the family
+    key: int
+    came: blake3 = field(default_factory=blake3)  # of its bits
+    restored: blake3 = field(default_factory=blake3)  # of the bits that its parts decode to
+    differences: Differences = field(default_factory=Differences)
+
+
 def convert_group(
-    source: Source, base_of: Base | None, seed: int, unit: Unit, writer: ShardWriter, spool: Path, progress: Progress
+    source: Source,
+    base_of: Base | None,
+    seed: int,
+    unit: Unit,
+    writer: ShardWriter,
+    spools: Mapping[str, Path],
+    progress: Progress,
+    encoder: Encoder | None = None,
 ) -> dict[str, Any]:
-    """Code one group into its places in `writer`, and a stream into the file `spool`; its entry for ders.json.
+    """Code one group into its places in `writer`, and each stream into its file of `spools`; its entry for ders.json.
 
     `base_of` is None where the source is a DeRS checkpoint that brings its own base. Raises CheckpointError.
     """
-    group, codec = unit.group, unit.codec
-    experts, out = len(group.members), group.shape[0]
-    together = codec.block_rows(group.shape)
-    keys = [make_key(seed, group.name, label) for label, _ in group.members]
-    came, restored = [blake3() for _ in keys], [blake3() for _ in keys]
-    differences = [Differences() for _ in keys]
-    stream = spool.open("wb") if codec.lossless else None
-    for number, rows in enumerate(row_blocks(group.shape, together or _block_rows(group))):
+    group, experts = unit.group, _experts(unit, seed)
+    streams = {name: spool.open("wb") for name, spool in spools.items()}
+    for rows in row_blocks(group.shape, _common_rows(source, unit, encoder)):
         read = _held_reader(source, group, rows)
         base = _base_rows(source, base_of, group, rows, read)
         writer.write(f"{group.name}.base", rows.start * base[:1].nbytes, base)
-        for i in range(experts):
-            parts, coded = source.given(group, i, codec, keys[i]), None
-            if parts is None:
-                expert = read(i, rows)
-                try:
-                    parts = codec.encode_expert(expert, base, group.dtype, keys[i], rows.start)
-                except NonFiniteError as error:
-                    raise _name_nonfinite(error, group, rows, read) from None
-            else:
-                expert = coded = codec.decode_expert(parts, base, group.dtype, keys[i], rows.start)
-            came[i].update(expert.reshape(-1).view(np.uint8))
-            if stream is not None:
-                chunk = parts.pop("stream")
-                end = stream.tell() + chunk.nbytes
-                chunks = -(-out // together)
-                extent = np.array([stream.tell(), end], np.int64)
-                writer.write(f"{group.name}.delta.extents", (i * chunks + number) * extent.nbytes, extent)
-                with of_file(spool):
-                    stream.write(chunk)
-            else:
-                _write_parts(writer, unit, i, rows, parts)
-                if coded is None:
-                    coded = codec.decode_expert(parts, base, group.dtype, keys[i], rows.start)
-                restored[i].update(coded.reshape(-1).view(np.uint8))
-                differences[i].add(expert, coded, base, group.dtype)
-            progress.advance(expert.nbytes)
+        for family in families(unit.codec, len(group.members)):
+            for expert, block in _steps(family, [experts[i] for i in family.members], rows, group, encoder):
+                its_base = base[block.start - rows.start : block.stop - rows.start]
+                bits, parts, coded = _coded(source, unit, expert, block, its_base, read, encoder)
+                expert.came.update(bits.reshape(-1).view(np.uint8))
+                if family.codec.lossless:
+                    name = f"{group.name}.{family.prefix}stream"
+                    _write_chunk(writer, unit, expert, block, parts.pop("stream"), streams[name], spools[name])
+                else:
+                    _write_parts(writer, unit, expert, block, parts)
+                    expert.restored.update(coded.reshape(-1).view(np.uint8))
+                    expert.differences.add(bits, coded, its_base, group.dtype)
+                progress.advance(bits.nbytes)
         del read, base
-    source.done(group, range(experts))
-    if stream is not None:
-        with of_file(spool):
+    source.done(group, range(len(experts)))
+    for name, stream in streams.items():
+        with of_file(spools[name]):
             stream.close()
-        restored = came
-    for (label, _), differing in zip(group.members, differences, strict=True):
-        if not differing.finite:
+    return _entry(source, unit, experts)
+
+
+def _experts(unit: Unit, seed: int) -> list[_Expert]:
+    """The experts of a group, in its order."""
+    made = []
+    for number, (label, _) in enumerate(unit.group.members):
+        family, place = family_of(unit.codec, len(unit.group.members), number)
+        made.append(_Expert(number, family, place, make_key(seed, unit.group.name, label)))
+    return made
+
+
+def _coded(
+    source: Source,
+    unit: Unit,
+    expert: _Expert,
+    block: slice,
+    base: np.ndarray,
+    read: ReadRows,
+    encoder: Encoder | None,
+) -> tuple[np.ndarray, Parts, np.ndarray | None]:
+    """An expert's bits [rows, in], its parts, and the bits that these decode to (None of a lossless codec)."""
+    group, codec, key = unit.group, expert.family.codec, expert.key
+    if (parts := source.given(group, expert.number, codec, key)) is not None:
+        bits = codec.decode_expert(parts, base, group.dtype, key, block.start)
+        return bits, parts, bits
+    bits = read(expert.number, block)
+    try:
+        if encoder is not None:
+            parts = encoder.encode(group, expert.number, codec, bits, base, key, block.start)
+        if parts is None:
+            parts = codec.encode_expert(bits, base, group.dtype, key, block.start)
+    except NonFiniteError as error:
+        raise _name_nonfinite(error, group, block, read) from None
+    return bits, parts, None if codec.lossless else codec.decode_expert(parts, base, group.dtype, key, block.start)
+
+
+def _entry(source: Source, unit: Unit, experts: list[_Expert]) -> dict[str, Any]:
+    """The group's entry for ders.json. Raises CheckpointError where what was coded is no expert of this dtype."""
+    group = unit.group
+    for (label, _), expert in zip(group.members, experts, strict=True):
+        if not expert.differences.finite:
+            term = expert.family.codec.term
             raise CheckpointError(
-                f"{group.name}, expert {label}: coded by {codec.term} it passes the range of {group.dtype}; use exact"
+                f"{group.name}, expert {label}: coded by {term} it passes the range of {group.dtype}; use exact"
             )
-    found = [digest.hexdigest() for digest in came]
+    found = [expert.came.hexdigest() for expert in experts]
     if isinstance(source, DersSource):
         _refuse_damaged(source, group, found)
-    errors = [differing.errors() for differing in differences]
-    return group_entry(unit, found, [digest.hexdigest() for digest in restored], errors)
+    restored = [(e.came if e.family.codec.lossless else e.restored).hexdigest() for e in experts]
+    return group_entry(unit, found, restored, [expert.differences.errors() for expert in experts])
 
 
 def _refuse_damaged(source: DersSource, group: ExpertGroup, found: list[str]) -> None:
@@ -107,15 +180,50 @@ def _block_rows(group: ExpertGroup) -> int:
     return max(1, min(BLOCK_WEIGHTS // group.shape[1], MEAN_BYTES // row_bytes))
 
 
+def _common_rows(source: Source, unit: Unit, encoder: Encoder | None) -> int:
+    """Rows for which the base is made at once: whole blocks of every codec, and whole chunks of the source."""
+    codecs = [family.codec for family in families(unit.codec, len(unit.group.members))]
+    wanted = [_together(codec, unit.group, encoder) for codec in codecs] + [source.chunk_rows(unit.group)]
+    known = [rows for rows in wanted if rows is not None]
+    return math.lcm(*known) if known else _block_rows(unit.group)
+
+
+def _together(codec: DeltaCodec, group: ExpertGroup, encoder: Encoder | None) -> int | None:
+    """Rows that are coded together, None: any number."""
+    wanted = encoder.block_rows(codec, group.shape) if encoder is not None else None
+    return wanted or codec.block_rows(group.shape)
+
+
+def _steps(
+    family: Family, experts: list[_Expert], rows: slice, group: ExpertGroup, encoder: Encoder | None
+) -> Iterator[tuple[_Expert, slice]]:
+    """Each of a family's experts with each block of the rows; the blocks are the codec's own, whatever others there are.
+
+    The chunks of a stream come in order of the rows, as they do where all experts are stored so; else the experts do, so
+    that what was decoded of one is used up before the next.
+    """
+    step = _together(family.codec, group, encoder) or _block_rows(group)
+    blocks = [slice(begin, min(rows.stop, begin + step)) for begin in range(rows.start, rows.stop, step)]
+    if family.codec.lossless:
+        return ((expert, block) for block in blocks for expert in experts)
+    return ((expert, block) for expert in experts for block in blocks)
+
+
 def _held_reader(source: Source, group: ExpertGroup, block: slice) -> ReadRows:
-    """read(i, rows) that keeps the block's rows where they fit in memory: the mean needs them, and then the encoding."""
+    """read(i, rows) that keeps the block's rows where they fit in memory: the mean needs them, and then the encoding.
+
+    Where they don't, it keeps those of the expert that was read last if a part of a decoded chunk is asked for.
+    """
     fits = TensorSpec((block.stop - block.start, group.shape[1]), group.dtype).nbytes * len(group.members) <= MEAN_BYTES
-    held: dict[int, np.ndarray] = {}
+    chunk, held = source.chunk_rows(group) or 1, {}
 
     def read(i: int, rows: slice) -> np.ndarray:
-        if not fits:
+        whole = rows.start % chunk == 0 and (rows.stop % chunk == 0 or rows.stop == group.shape[0])
+        if not fits and whole and i not in held:
             return source.read(group, i, rows)
         if i not in held:
+            if not fits:
+                held.clear()
             held[i] = source.read(group, i, block)
         return held[i][rows.start - block.start : rows.stop - block.start]
 
@@ -134,12 +242,25 @@ def _base_rows(source: Source, base_of: Base | None, group: ExpertGroup, rows: s
     return np.concatenate([base_of.rows(group, slice(r, min(rows.stop, r + step)), read) for r in starts])
 
 
-def _write_parts(writer: ShardWriter, unit: Unit, member: int, rows: slice, parts: Parts) -> None:
+def _write_parts(writer: ShardWriter, unit: Unit, expert: _Expert, rows: slice, parts: Parts) -> None:
+    family = expert.family
     for part, data in parts.items():
-        name = f"{unit.group.name}.delta.{part}"
-        one = writer.tensors[name].nbytes // len(unit.group.members)
-        skipped = 0 if part in unit.codec.whole else rows.start * (one // unit.group.shape[0])
-        writer.write(name, member * one + skipped, data)
+        name = f"{unit.group.name}.{family.prefix}{part}"
+        one = writer.tensors[name].nbytes // len(family.members)
+        skipped = 0 if part in family.codec.whole else rows.start * (one // unit.group.shape[0])
+        writer.write(name, expert.place * one + skipped, data)
+
+
+def _write_chunk(
+    writer: ShardWriter, unit: Unit, expert: _Expert, rows: slice, chunk: np.ndarray, stream: BinaryIO, spool: Path
+) -> None:
+    """A chunk of rows goes to the end of the stream, where it stands there into `extents`."""
+    step = expert.family.codec.block_rows(unit.group.shape)
+    number = expert.place * -(-unit.group.shape[0] // step) + rows.start // step
+    extent = np.array([stream.tell(), stream.tell() + chunk.nbytes], np.int64)
+    writer.write(f"{unit.group.name}.{expert.family.prefix}extents", number * extent.nbytes, extent)
+    with of_file(spool):
+        stream.write(chunk)
 
 
 def _name_nonfinite(error: NonFiniteError, group: ExpertGroup, block: slice, read: ReadRows) -> CheckpointError:

@@ -35,8 +35,12 @@ def describe(
     plan: Plan,
     results: list[dict[str, Any]],
     hash_of: Callable[[Path], str],
+    calibration: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """ders.json, but for its checksum. `hash_of` a carried file: its BLAKE3, unless a plan only asks for the size."""
+    """ders.json, but for its checksum. `hash_of` a carried file: its BLAKE3, unless a plan only asks for the size.
+
+    `calibration`: what chose the parts, where that was not the codecs themselves.
+    """
     streams = [r["sizes"][name] for r, shard in zip(results, plan.shards, strict=True) for name in shard.appended]
     base = sum(TensorSpec(u.group.shape, u.group.dtype).nbytes for u in plan.units)
     deltas = sum(spec.nbytes for u in plan.units for spec in u.parts.values() if spec) - base + sum(streams)
@@ -46,6 +50,8 @@ def describe(
         "tool": f"ders-cli {__version__}",
         "recipe": recipe.model_dump(mode="json"),
         **({"upcycling": source.upcycling} if source.upcycling else {}),
+        **({"aligned": list(source.aligned)} if source.aligned else {}),
+        **({"calibration": calibration} if calibration else {}),
         "source": source.form(),
         "groups": [entry for result in results for entry in result["groups"]],
         "guards": [name for shard in plan.shards for name in shard.guards],
@@ -62,7 +68,9 @@ def describe(
     }
 
 
-def planned_manifest_bytes(source: Source, recipe: Recipe, plan: Plan) -> int:
+def planned_manifest_bytes(
+    source: Source, recipe: Recipe, plan: Plan, calibration: dict[str, Any] | None = None
+) -> int:
     """The size that ders.json will have. Raises UnsupportedError if that is more than ders reads."""
     results = [_placeholder(shard) for shard in plan.shards]
     widest = dict.fromkeys(Differences().errors(), WIDEST)
@@ -72,7 +80,7 @@ def planned_manifest_bytes(source: Source, recipe: Recipe, plan: Plan) -> int:
         for unit in shard.units
         for blank in [[BLANK] * len(unit.group.members)]
     )
-    size = planned_bytes(describe(source, recipe, plan, results, lambda path: BLANK), groups)
+    size = planned_bytes(describe(source, recipe, plan, results, lambda path: BLANK, calibration), groups)
     if size > MAX_JSON_BYTES:
         matrices = sum(len(unit.group.members) for unit in plan.units)
         raise UnsupportedError(

@@ -93,8 +93,9 @@ def _damage_of(source: DersSource, name: str) -> str:
     """Which part of a tensor does not have its hash in ders.json, or ""."""
     expected = source.manifest["tensors"][name]
     found = source.reader.hashes(name, len(expected))
-    bad = [str(number) for number, (here, noted) in enumerate(zip(found, expected, strict=True)) if here != noted]
-    where = f"expert {', '.join(bad)}: " if bad and len(expected) > 1 else ""
+    bad = [number for number, (here, noted) in enumerate(zip(found, expected, strict=True)) if here != noted]
+    labels = source.slice_labels.get(name, [])
+    where = f"expert {', '.join(labels[number] for number in bad)}: " if bad and labels else ""
     return (
         f"{where}damaged: its bytes in {source.reader.places[name].file} do not have their hash in ders.json"
         if bad

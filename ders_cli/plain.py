@@ -14,10 +14,11 @@ import numpy as np
 from blake3 import blake3
 
 from . import __version__
+from .aligned import order_of, put_back
 from .carried import carried_hashes, check_carried, copy_carried
 from .checkpoint.manifest import index_text, write_file
 from .checkpoint.reader import INDEX
-from .checkpoint.tensor import TensorSpec
+from .checkpoint.tensor import STORAGE, TensorSpec
 from .checkpoint.writer import ShardWriter, header_text
 from .engines import local
 from .errors import CheckpointError
@@ -185,18 +186,46 @@ def _copy(source: Source, writer: ShardWriter, name: str, progress: Progress) ->
 
 def _experts(source: Source, writer: ShardWriter, piece: Piece, progress: Progress) -> None:
     for group, members in piece.values():
-        digests = [blake3() for _ in members]
-        for rows in source.blocks(group):
-            for member, digest, block in zip(members, digests, source.read_experts(group, members, rows), strict=True):
-                view = group.members[member][1]
-                digest.update(block.reshape(-1).view(np.uint8))
-                writer.write_view(view.tensor, view.offset, (view.row_stride, view.column_stride), rows.start, block)
-                progress.advance(block.nbytes)
+        if (table := order_of(source, group)) is not None:
+            digests = [_put_back(source, writer, group, member, table[member], progress) for member in members]
+        else:
+            digests = _in_blocks(source, writer, group, members, progress)
         source.done(group, members)
         if isinstance(source, DersSource):
             _check(source, group, members, digests)
         for member in members:
             writer.finish(_key(group, member), [])
+
+
+def _in_blocks(
+    source: Source, writer: ShardWriter, group: ExpertGroup, members: list[int], progress: Progress
+) -> list[blake3]:
+    """Write some experts of a group; what was hashed of each."""
+    digests = [blake3() for _ in members]
+    for rows in source.blocks(group):
+        for member, digest, block in zip(members, digests, source.read_experts(group, members, rows), strict=True):
+            view = group.members[member][1]
+            digest.update(block.reshape(-1).view(np.uint8))
+            writer.write_view(view.tensor, view.offset, (view.row_stride, view.column_stride), rows.start, block)
+            progress.advance(block.nbytes)
+    return digests
+
+
+def _put_back(
+    source: Source, writer: ShardWriter, group: ExpertGroup, member: int, order: np.ndarray, progress: Progress
+) -> blake3:
+    """Write an expert whose neurons stand in another order than the original's; what was hashed, in the order as stored.
+
+    Its whole matrix is held: in a file that keeps it transposed, single rows would be written weight by weight.
+    """
+    view, digest, original = group.members[member][1], blake3(), np.empty(group.shape, STORAGE[group.dtype])
+    for rows in source.blocks(group):
+        block = source.read(group, member, rows)
+        digest.update(block.reshape(-1).view(np.uint8))
+        put_back(original, group.projection, order, rows, block)
+        progress.advance(block.nbytes)
+    writer.write_view(view.tensor, view.offset, (view.row_stride, view.column_stride), 0, original)
+    return digest
 
 
 def _check(source: DersSource, group: ExpertGroup, members: list[int], digests: list[blake3]) -> None:

@@ -12,7 +12,7 @@ from .base import Base
 from .checkpoint.manifest import file_names
 from .checkpoint.tensor import TensorSpec
 from .checkpoint.writer import reserved_header_bytes
-from .codecs import DeltaCodec
+from .codecs.mixed import GroupCodec, families, mixed
 from .errors import UnsupportedError
 from .layouts import ExpertGroup
 from .recipe import Recipe
@@ -27,7 +27,7 @@ class Unit:
     """One group to convert, and what will stand for it."""
 
     group: ExpertGroup
-    codec: DeltaCodec
+    codec: GroupCodec
     parts: dict[str, TensorSpec | None]
 
 
@@ -44,9 +44,9 @@ class ShardPlan:
 
     @property
     def slices(self) -> dict[str, int]:
-        """Tensors that are hashed expert by expert: their number of experts."""
+        """Tensors that are hashed expert by expert: the number of experts in each."""
         return {
-            name: len(unit.group.members)
+            name: spec.shape[0]
             for unit in self.units
             for name, spec in unit.parts.items()
             if spec and ".delta." in name
@@ -92,11 +92,12 @@ def unit_memory(unit: Unit) -> int:
 
 def make_plan(source: Source, recipe: Recipe, base: Base | None, max_shard_bytes: int) -> Plan:
     """Check every group and lay out the output. `base` is None where the source is a DeRS checkpoint with its own."""
+    recipe.check_experts(source.groups)
     units, items = [], []
     for group in source.groups:
         if base is not None:
             base.check(group)
-        unit = Unit(group, source.codec_of(group) or recipe.codec(group), {})
+        unit = Unit(group, source.codec_of(group) or mixed(recipe.codecs(group)), {})
         unit.parts.update(stored_parts(group, unit.codec))
         units.append(unit)
         items.append((natural(group.name), unit))
@@ -115,18 +116,21 @@ def make_plan(source: Source, recipe: Recipe, base: Base | None, max_shard_bytes
 
 def _stream_bound(unit: Unit) -> int:
     """Most bytes of a unit's stream: the stored bits, and one byte for every chunk."""
-    if not unit.codec.lossless:
-        return 0
-    chunks = -(-unit.group.shape[0] // unit.codec.block_rows(unit.group.shape))
-    return len(unit.group.members) * (TensorSpec(unit.group.shape, unit.group.dtype).nbytes + chunks)
+    shape, bound = unit.group.shape, 0
+    for family in families(unit.codec, len(unit.group.members)):
+        if family.codec.lossless:
+            chunks = -(-shape[0] // family.codec.block_rows(shape))
+            bound += len(family.members) * (TensorSpec(shape, unit.group.dtype).nbytes + chunks)
+    return bound
 
 
 def _item_bytes(item: Unit | tuple[str, str, TensorSpec]) -> int:
     if not isinstance(item, Unit):
         return item[2].nbytes
     known = sum(spec.nbytes for spec in item.parts.values() if spec)
-    whole = TensorSpec(item.group.shape, item.group.dtype).nbytes * len(item.group.members)
-    return known + (whole if item.codec.lossless else 0)
+    streamed = [f for f in families(item.codec, len(item.group.members)) if f.codec.lossless]
+    one = TensorSpec(item.group.shape, item.group.dtype).nbytes
+    return known + one * sum(len(family.members) for family in streamed)
 
 
 def fill_shards(items: list[Unit | tuple[str, str, TensorSpec]], max_shard_bytes: int) -> tuple[ShardPlan, ...]:

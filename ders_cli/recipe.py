@@ -8,18 +8,20 @@ shared: false         # true: a shared expert joins the group
 rules:                # the first that matches a matrix decides
   - layers: 0-3,31    # all | even | odd | numbers and ranges
     projections: [down]
+    experts: [0, 4-7, shared]  # or as text: 0,4-7,shared
     delta: int8
 """
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer
+from pydantic_core import PydanticCustomError
 
 from .checkpoint.files import read_small
 from .codecs import DeltaCodec, parse_codec
@@ -28,19 +30,43 @@ from .layouts import ExpertGroup
 
 MAX_RECIPE_BYTES = 1_000_000
 MAX_DEPTH, MAX_SCALAR = 16, 1000  # of lists and maps within each other; characters of a word, a number or a text
+EXPERTS = "expected experts' numbers, ranges such as 4-7, or shared"
 
 
 class Rule(BaseModel):
-    """A codec for some layers and projections."""
+    """A codec for some layers, projections and experts."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     delta: str
     layers: str | int = "all"
     projections: tuple[Literal["gate", "up", "down"], ...] = Field(("gate", "up", "down"), strict=False)
+    experts: tuple[str, ...] | None = None  # numbers, ranges and "shared"; None: all
     group_size: int | None = None
 
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _terms(cls, value: Any) -> Any:
+        """A list, a text or a number as texts, one a number, a range or the word shared."""
+        if value is None:
+            return None
+        listed = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+        terms = tuple(str(term).strip() for term in listed)
+        if not terms or not all(_is_expert_term(term) for term in terms):
+            raise PydanticCustomError("experts", EXPERTS)
+        return terms
+
+    @model_serializer(mode="wrap")
+    def _json(self, dump: Callable[["Rule"], dict[str, Any]]) -> dict[str, Any]:
+        """Without `experts` where it says nothing: a recipe without it is written as ever."""
+        return {key: value for key, value in dump(self).items() if key != "experts" or value is not None}
+
     def matches(self, group: ExpertGroup) -> bool:
+        """Whether it speaks of this layer and projection; of which of its experts, `covers` says."""
         return group.projection in self.projections and layer_test(str(self.layers))(group.layer)
+
+    def covers(self, label: str) -> bool:
+        """Whether it speaks of an expert by this label."""
+        return self.experts is None or any(_covers(term, label) for term in self.experts)
 
 
 class Recipe(BaseModel):
@@ -54,12 +80,24 @@ class Recipe(BaseModel):
     shared: bool = False
     rules: tuple[Rule, ...] = Field((), strict=False)
 
-    def codec(self, group: ExpertGroup) -> DeltaCodec:
-        """The codec of one group. Raises UsageError on a term that is no codec."""
-        for rule in self.rules:
-            if rule.matches(group):
-                return parse_codec(rule.delta, self._group_size(rule))
-        return parse_codec(self.delta, self.group_size)
+    def codecs(self, group: ExpertGroup) -> tuple[DeltaCodec, ...]:
+        """The codec of each member of a group. Raises UsageError on a term that is no codec."""
+        rules = [(rule, parse_codec(rule.delta, self._group_size(rule))) for rule in self.rules if rule.matches(group)]
+        otherwise = parse_codec(self.delta, self.group_size)
+        labels = [label for label, _ in group.members]
+        return tuple(next((codec for rule, codec in rules if rule.covers(label)), otherwise) for label in labels)
+
+    def check_experts(self, groups: Iterable[ExpertGroup]) -> None:
+        """Raise UsageError where a rule names an expert that none of its groups has."""
+        named = [(number, rule) for number, rule in enumerate(self.rules) if rule.experts is not None]
+        if not named:
+            return
+        groups = list(groups)
+        for number, rule in named:
+            labels = {label for group in groups if rule.matches(group) for label, _ in group.members}
+            for term in rule.experts:
+                if not any(_covers(term, label) for label in labels):
+                    raise UsageError(_no_expert(f"rules[{number}].experts", term, labels, self.shared))
 
     def check(self) -> None:
         """Raise UsageError for anything that would only show on the way."""
@@ -88,6 +126,31 @@ def layer_test(text: str) -> Callable[[int], bool]:
             raise UsageError(f"layers {text!r:.80}: expected all, even, odd or numbers and ranges such as 0-3,31")
         ranges.append((int(ends[0]), int(ends[1])))
     return lambda n: any(first <= n <= last for first, last in ranges)
+
+
+def _is_expert_term(term: str) -> bool:
+    first, dash, last = term.partition("-")
+    if term == "shared":
+        return True
+    numbers = [first, last] if dash else [first]
+    return all(number.isdecimal() and number.isascii() and len(number) <= 6 for number in numbers)
+
+
+def _covers(term: str, label: str) -> bool:
+    """Whether a number, a range or "shared" means the expert `label`."""
+    if term == "shared" or not label.isdecimal():
+        return term == label
+    first, _, last = term.partition("-")
+    return int(first) <= int(label) <= int(last or first)
+
+
+def _no_expert(where: str, term: str, labels: set[str], shared: bool) -> str:
+    if not labels:
+        return f"{where}: no group is of the layers and projections of this rule"
+    numbers = sorted(int(label) for label in labels if label.isdecimal())
+    has = f"experts {numbers[0]} ... {numbers[-1]}" if numbers else "no numbered expert"
+    hint = "; shared: true (--shared) puts the shared expert into its group" if term == "shared" and not shared else ""
+    return f"{where}: no group of its layers and projections has an expert {term}; they have {has}{hint}"
 
 
 def shipped_recipes() -> dict[str, Path]:

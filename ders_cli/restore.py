@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .aligned import orders_of
 from .checkpoint.reader import MANIFEST, NOT_FINITE, object_in, parse_header
 from .checkpoint.tensor import TensorSpec
 from .errors import CheckpointError, UsageError
@@ -36,6 +37,7 @@ def check_places(source: DersSource) -> None:
                 raise CheckpointError(f"ders.json: {group.name}, expert {label}: has no place in {view.tensor!r:.120}")
             filled[view.tensor] += rows * columns
             views[view.tensor].append(view)
+    orders_of(source)  # each of them is one
     for name, spec in listed.items():
         if name in filled and filled[name] != spec.size:
             raise CheckpointError(f"ders.json: {name}: {spec.size} elements, of which experts fill {filled[name]}")

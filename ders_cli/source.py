@@ -6,6 +6,7 @@ Both give the same groups and the same bits, so converting, restoring and verify
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from .checkpoint.manifest import index_text, is_ders, read_manifest
 from .checkpoint.reader import CheckpointReader, read_view
 from .checkpoint.tensor import STORAGE, TensorSpec
 from .checkpoint.writer import header_text
-from .codecs import DeltaCodec, codec_from_config
+from .codecs import DeltaCodec, group_codec_from_config
 from .codecs.base import Parts
+from .codecs.mixed import Family, GroupCodec, families, family_of
 from .errors import CheckpointError
 from .layouts import ExpertGroup, MatrixView, find_layout
 from .remote.reader import open_reader
@@ -41,6 +43,7 @@ class Source(ABC):
     shared: bool  # a shared expert is in the groups
     _users: Users
     upcycling: dict[str, Any] | None = None  # how a dense model was made this MoE; ders.json keeps it
+    aligned: tuple[str, ...] = ()  # copied tensors that say in which order experts' neurons stand (aligned.py)
 
     @abstractmethod
     def read(self, group: ExpertGroup, member: int, rows: slice) -> np.ndarray:
@@ -80,9 +83,13 @@ class Source(ABC):
         """Parts that stand for an expert from the start, so that no delta has to be encoded; None: encode it."""
         return None
 
+    def chunk_rows(self, group: ExpertGroup) -> int | None:
+        """Rows that are decoded together: blocks of multiples of it are read well. None: any are."""
+        return None
+
     def blocks(self, group: ExpertGroup) -> Iterator[slice]:
         """Row blocks in which this source reads a group well."""
-        return row_blocks(group.shape, max(1, BLOCK_WEIGHTS // max(1, group.shape[1])))
+        return row_blocks(group.shape, self.chunk_rows(group) or max(1, BLOCK_WEIGHTS // max(1, group.shape[1])))
 
     def check_unchanged(self) -> None:
         """Raise DersError if a file that is read is not what it was when it was opened."""
@@ -175,7 +182,7 @@ class DersSource(Source):
         self.aliases = self.manifest["source"]["aliases"]
         self._users = Users(self.groups, self.tensors_of)
         self.seed, self.shared = self.manifest["recipe"]["seed"], self.manifest["recipe"]["shared"]
-        self.upcycling = self.manifest.get("upcycling")
+        self.upcycling, self.aligned = self.manifest.get("upcycling"), tuple(self.manifest.get("aligned", ()))
 
     @property
     def lossless(self) -> bool:
@@ -207,6 +214,12 @@ class DersSource(Source):
             specs[name] = TensorSpec((found.size,), "U8") if found else TensorSpec((0,), "U8")
         return specs
 
+    @cached_property
+    def slice_labels(self) -> dict[str, list[str]]:
+        """{tensor that has a hash for each expert: the experts' labels}"""
+        groups = ((group, self.codecs[group.name]) for group in self.groups)
+        return {name: labels for group, codec in groups for name, labels in _sliced(group, codec).items()}
+
     def _check_structure(self) -> None:
         expected = {name: spec for group in self.groups for name, spec in self.part_specs(group).items()}
         for name, spec in expected.items():
@@ -225,15 +238,13 @@ class DersSource(Source):
         for name in self.reader.tensors:
             if name not in self.manifest["tensors"]:
                 raise CheckpointError(f"{name}: stands in {self.reader.places[name].file} but not in ders.json")
-        sliced = {name: len(group.members) for group in self.groups for name in _sliced(group, self.codecs[group.name])}
         for name, digests in self.manifest["tensors"].items():  # a wrong number would leave bytes that no hash covers
-            if len(digests) != sliced.get(name, 1):
-                raise CheckpointError(f"ders.json: {name}: {len(digests)} hashes, expected {sliced.get(name, 1)}")
+            if len(digests) != (expected_hashes := len(self.slice_labels.get(name, [""]))):
+                raise CheckpointError(f"ders.json: {name}: {len(digests)} hashes, expected {expected_hashes}")
 
-    def blocks(self, group: ExpertGroup) -> Iterator[slice]:
-        codec = self.codecs[group.name]
-        together = codec.block_rows(group.shape) if codec.lossless else None  # a lossless stream decodes chunk by chunk
-        return row_blocks(group.shape, together or max(1, BLOCK_WEIGHTS // max(1, group.shape[1])))
+    def chunk_rows(self, group: ExpertGroup) -> int | None:
+        codecs = [family.codec for family in families(self.codecs[group.name], len(group.members))]
+        return next((codec.block_rows(group.shape) for codec in codecs if codec.lossless), None)
 
     def read_base(self, group: ExpertGroup, rows: slice) -> np.ndarray:
         return self.reader.read(f"{group.name}.base", rows)
@@ -247,39 +258,65 @@ class DersSource(Source):
 
     def decode(self, group: ExpertGroup, member: int, rows: slice, base: np.ndarray) -> np.ndarray:
         """Stored bits [rows, in] of one expert, given those of the base. Raises CheckpointError naming the expert."""
-        codec = self.codecs[group.name]
-        label = group.members[member][0]
+        codec, label = self.codecs[group.name], group.members[member][0]
+        family, place = family_of(codec, len(group.members), member)
+        key = make_key(self.seed, group.name, label)
         try:
+            if family.codec.lossless:
+                return self._lossless(group, family, place, rows, base, key)
             parts = self._parts(group, codec, member, rows)
-            return codec.decode_expert(parts, base, group.dtype, make_key(self.seed, group.name, label), rows.start)
+            return family.codec.decode_expert(parts, base, group.dtype, key, rows.start)
         except CheckpointError as error:
             raise CheckpointError(f"{group.name}, expert {label}: {error}") from None
 
-    def _parts(self, group: ExpertGroup, codec: DeltaCodec, member: int, rows: slice) -> Parts:
-        """One expert's parts for some rows. A stream is cut to the chunk that the rows are."""
-        parts: Parts = {}
-        for part, spec in codec.spec(group.shape).items():
-            if spec is None:
-                continue
-            name, experts = f"{group.name}.delta.{part}", len(group.members)
-            whole = part in codec.whole
+    def _lossless(
+        self, group: ExpertGroup, family: Family, place: int, rows: slice, base: np.ndarray, key: int
+    ) -> np.ndarray:
+        """Rows of the chunks that they lie in; decoding a part of a chunk takes as long as the whole."""
+        step, (out, _) = family.codec.block_rows(group.shape), group.shape
+        whole = slice(rows.start // step * step, min(out, -(-rows.stop // step) * step))
+        if whole != rows:
+            base = self.read_base(group, whole)
+        pieces = []
+        for begin in range(whole.start, whole.stop, step):
+            chunk = slice(begin, min(out, begin + step))
+            parts = self._chunk(group, family, place, chunk)
+            its_base = base[begin - whole.start : chunk.stop - whole.start]
+            pieces.append(family.codec.decode_expert(parts, its_base, group.dtype, key, begin))
+        bits = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return bits if whole == rows else bits[rows.start - whole.start : rows.stop - whole.start]
+
+    def _parts(self, group: ExpertGroup, codec: GroupCodec, member: int, rows: slice) -> Parts:
+        """One expert's parts for some rows, of a codec that is not lossless."""
+        (family, place), parts = family_of(codec, len(group.members), member), {}
+        for part, spec in family.codec.spec(group.shape).items():
+            whole = part in family.codec.whole
             first, count = (0, spec.shape[0]) if whole else (rows.start, rows.stop - rows.start)
-            if codec.lossless:  # extents: one entry per chunk of rows, not per row
-                first, count = rows.start // codec.block_rows(group.shape), 1
-            flat = TensorSpec((experts * spec.shape[0], *spec.shape[1:]), spec.dtype)
-            parts[part] = _read_flat(self.reader, name, flat, member * spec.shape[0] + first, count)
-        if codec.lossless:
-            begin, end = (int(n) for n in parts.pop("extents")[0])
-            stream = f"{group.name}.delta.stream"
-            if not 0 <= begin <= end <= self.reader.tensors[stream].nbytes:
-                raise CheckpointError(
-                    f"extents {begin}..{end} lie outside a stream of {self.reader.tensors[stream].nbytes} bytes"
-                )
-            most = 1 + TensorSpec((rows.stop - rows.start, group.shape[1]), group.dtype).nbytes  # kept as it is
-            if end - begin > most:
-                raise CheckpointError(f"extents {begin}..{end}: {end - begin} bytes; a chunk takes at most {most}")
-            parts["stream"] = self.reader.read(stream, slice(begin, end))
+            parts[part] = self._read_part(group, family, part, spec, place, first, count)
         return parts
+
+    def _chunk(self, group: ExpertGroup, family: Family, place: int, rows: slice) -> Parts:
+        """The stream of one of a family's experts, cut to the chunk that the rows are."""
+        extents = family.codec.spec(group.shape)["extents"]
+        number = rows.start // family.codec.block_rows(group.shape)
+        begin, end = (int(n) for n in self._read_part(group, family, "extents", extents, place, number, 1)[0])
+        stream = f"{group.name}.{family.prefix}stream"
+        if not 0 <= begin <= end <= self.reader.tensors[stream].nbytes:
+            raise CheckpointError(
+                f"extents {begin}..{end} lie outside a stream of {self.reader.tensors[stream].nbytes} bytes"
+            )
+        most = 1 + TensorSpec((rows.stop - rows.start, group.shape[1]), group.dtype).nbytes  # kept as it is
+        if end - begin > most:
+            raise CheckpointError(f"extents {begin}..{end}: {end - begin} bytes; a chunk takes at most {most}")
+        return {"stream": self.reader.read(stream, slice(begin, end))}
+
+    def _read_part(
+        self, group: ExpertGroup, family: Family, part: str, spec: TensorSpec, place: int, first: int, count: int
+    ) -> np.ndarray:
+        """Rows of one expert's slice of a part, whose leading two axes are taken as one."""
+        flat = TensorSpec((len(family.members) * spec.shape[0], *spec.shape[1:]), spec.dtype)
+        name = f"{group.name}.{family.prefix}{part}"
+        return _read_flat(self.reader, name, flat, place * spec.shape[0] + first, count)
 
 
 def _with_errors(member: dict[str, Any]) -> dict[str, Any]:
@@ -294,21 +331,27 @@ def _read_flat(reader: CheckpointReader, name: str, flat: TensorSpec, first: int
     return out
 
 
-def stored_parts(group: ExpertGroup, codec: DeltaCodec) -> dict[str, TensorSpec | None]:
+def stored_parts(group: ExpertGroup, codec: GroupCodec) -> dict[str, TensorSpec | None]:
     """Names and specs on disk of what stands for a group; None: as long as its encoding turns out."""
     parts: dict[str, TensorSpec | None] = {f"{group.name}.base": TensorSpec(group.shape, group.dtype)}
-    for part, spec in codec.spec(group.shape).items():
-        on_disk = spec and TensorSpec((len(group.members), *spec.shape), spec.dtype)
-        parts[f"{group.name}.delta.{part}"] = on_disk
+    for family in families(codec, len(group.members)):
+        for part, spec in family.codec.spec(group.shape).items():
+            on_disk = spec and TensorSpec((len(family.members), *spec.shape), spec.dtype)
+            parts[f"{group.name}.{family.prefix}{part}"] = on_disk
     return parts
 
 
-def _sliced(group: ExpertGroup, codec: DeltaCodec) -> list[str]:
-    """The tensors of a group that have a hash for each expert (docs/format.md, section 6)."""
-    return [f"{group.name}.delta.{part}" for part, spec in codec.spec(group.shape).items() if spec is not None]
+def _sliced(group: ExpertGroup, codec: GroupCodec) -> dict[str, list[str]]:
+    """The tensors of a group that have a hash for each expert, and the labels of these (docs/format.md, section 6)."""
+    return {
+        f"{group.name}.{family.prefix}{part}": [group.members[member][0] for member in family.members]
+        for family in families(codec, len(group.members))
+        for part, spec in family.codec.spec(group.shape).items()
+        if spec is not None
+    }
 
 
-def _groups_of(manifest: dict[str, Any]) -> tuple[tuple[ExpertGroup, ...], dict[str, DeltaCodec]]:
+def _groups_of(manifest: dict[str, Any]) -> tuple[tuple[ExpertGroup, ...], dict[str, GroupCodec]]:
     """Groups and codecs as ders.json lists them."""
     groups, codecs = [], {}
     try:
@@ -320,7 +363,7 @@ def _groups_of(manifest: dict[str, Any]) -> tuple[tuple[ExpertGroup, ...], dict[
                 for m in entry["members"]
             )
             groups.append(ExpertGroup(name, entry["layer"], entry["projection"], entry["dtype"], members))
-            codecs[name] = codec_from_config(entry["codec"])
+            codecs[name] = group_codec_from_config(entry["codec"], len(members))
         return tuple(groups), codecs
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise CheckpointError(f"ders.json: groups are not as docs/format.md says: {error!r:.120}") from None

@@ -32,6 +32,7 @@ from ders_kernels.deltas import Delta
 
 from .codecs import DeltaCodec
 from .codecs.base import Parts
+from .codecs.mixed import Family, families, family_of
 from .compare import gated
 from .errors import UsageError
 from .layouts import ExpertGroup
@@ -66,7 +67,7 @@ class LayerRun:
 
 
 class ThroughKernels:
-    """Runs a checkpoint's layers by a backend. A group whose codec has no packed delta is decoded instead.
+    """Runs a checkpoint's layers by a backend. Experts whose codec has no packed delta are decoded instead.
 
     Raises UsageError if the checkpoint isn't a DeRS one, or the backend refuses one of its deltas.
     """
@@ -80,16 +81,22 @@ class ThroughKernels:
         self._source, self._asked = source, backend
         cuda = backend in ("auto", "triton") and torch.cuda.is_available()
         self._device = torch.device("cuda" if cuda else "cpu")
-        self.decoded: dict[str, str] = {}  # groups that don't go through kernels: why
+        self.decoded: dict[str, str] = {}  # groups, or experts of them, that don't go through kernels: why
         asked: dict[Hashable, str | None] = {}
         for group in source.groups:
-            codec = source.codecs[group.name]
-            kind = (codec, group.shape, group.dtype, len(group.members))
-            if kind not in asked:
-                asked[kind] = self._backend_of(group, codec)
-            if asked[kind] is None:
-                self.decoded[group.name] = _why_decoded(codec)
+            for family in self._families(group):
+                kind = (family.codec, group.shape, group.dtype, len(family.members))
+                if kind not in asked:
+                    asked[kind] = self._backend_of(group, family)
+                if asked[kind] is None:
+                    self.decoded[_where(group, family)] = _why_decoded(family.codec)
         self.backend = ", ".join(sorted(set(filter(None, asked.values())))) or backend
+
+    def _families(self, group: ExpertGroup) -> tuple[Family, ...]:
+        return families(self._source.codecs[group.name], len(group.members))
+
+    def _runs(self, group: ExpertGroup, family: Family) -> bool:
+        return _where(group, family) not in self.decoded
 
     def run(self, groups: dict[str, ExpertGroup], states: np.ndarray) -> LayerRun:
         """The groups of a layer by projection, states fp32 [tokens, hidden] -> outputs of the experts in all of them."""
@@ -106,7 +113,7 @@ class ThroughKernels:
             y, expected = self._products(groups["down"], labels, *h)
             base = self._base_output(groups, states)
             run = LayerRun(dict(zip(labels, y, strict=True)))
-            if any(group.name not in self.decoded for group in groups.values()):
+            if any(self._runs(group, family) for group in groups.values() for family in self._families(group)):
                 terms = max(group.shape[1] for group in groups.values())
                 pairs = zip(labels, y, expected, strict=True)
                 run.agreement = {label: _agreement(a, b, base, terms) for label, a, b in pairs}
@@ -116,29 +123,35 @@ class ThroughKernels:
         self, group: ExpertGroup, labels: list[str], x: np.ndarray, x_decoded: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """x @ W.T by kernels and, for x_decoded, by decoding: [E or 1, T, in] each -> [E, T, out], W not rounded."""
-        source, codec, experts = self._source, self._source.codecs[group.name], len(labels)
+        source, experts = self._source, len(labels)
         numbers = {label: i for i, (label, _) in enumerate(group.members)}
         shape = (experts, x.shape[1], group.shape[0])
         y, expected = np.empty(shape, np.float32), np.empty(shape, np.float32)
         y[:], expected[:] = self._base_product(group, x), self._base_product(group, x_decoded)
         x, x_decoded = (np.broadcast_to(each, (experts, *each.shape[1:])) for each in (x, x_decoded))
-        if group.name in self.decoded:
-            for e, label in enumerate(labels):
+        held: dict[str, tuple[Parts, Delta]] = {}  # of each family that runs
+        for e, label in enumerate(labels):
+            family, place = family_of(source.codecs[group.name], len(group.members), numbers[label])
+            if not self._runs(group, family):
                 for rows in source.blocks(group):
                     weight = floats.widen(source.read(group, numbers[label], rows), group.dtype)
                     y[e, :, rows], expected[e, :, rows] = x[e] @ weight.T, x_decoded[e] @ weight.T
-            return y, expected
-        parts = {name: source.reader.read(f"{group.name}.delta.{name}") for name in codec.spec(group.shape)}
-        specs = codec.spec(group.shape)
-        stored = {name: from_bits(part, TORCH[specs[name].dtype]).to(self._device) for name, part in parts.items()}
-        delta = self._packed(group, codec, stored)
-        for e, label in enumerate(labels):
-            own = {name: part[numbers[label]] for name, part in parts.items()}
-            key = make_key(source.seed, group.name, label)
+                continue
+            if family.prefix not in held:
+                held[family.prefix] = self._stored(group, family)
+            parts, delta = held[family.prefix]
+            own, key = {name: part[place] for name, part in parts.items()}, make_key(source.seed, group.name, label)
             for rows in source.blocks(group):
-                expected[e, :, rows] += x_decoded[e] @ _delta_rows(codec, own, rows, group.shape, key).T
-            y[e] += self._delta_product(x[e], delta, numbers[label])
+                expected[e, :, rows] += x_decoded[e] @ _delta_rows(family.codec, own, rows, group.shape, key).T
+            y[e] += self._delta_product(x[e], delta, place)
         return y, expected
+
+    def _stored(self, group: ExpertGroup, family: Family) -> tuple[Parts, Delta]:
+        """A family's parts as they are on disk, and as the kernels take them."""
+        specs = family.codec.spec(group.shape)
+        parts = {name: self._source.reader.read(f"{group.name}.{family.prefix}{name}") for name in specs}
+        stored = {name: from_bits(part, TORCH[specs[name].dtype]).to(self._device) for name, part in parts.items()}
+        return parts, self._packed(group, family, stored)
 
     def _delta_product(self, x: np.ndarray, delta: Delta, member: int) -> np.ndarray:
         states = torch.tensor(x, device=self._device)
@@ -160,19 +173,20 @@ class ThroughKernels:
         hidden = gated(gate, self._base_product(groups["up"], states), self._source.activation)
         return self._base_product(groups["down"], hidden)
 
-    def _packed(self, group: ExpertGroup, codec: DeltaCodec, parts: dict[str, torch.Tensor]) -> Delta | None:
-        """Parts [E, ...] by name -> the group's delta."""
-        keys = tuple(make_key(self._source.seed, group.name, label) for label, _ in group.members)
-        return packed_delta(codec, parts, group.shape[1], keys)
+    def _packed(self, group: ExpertGroup, family: Family, parts: dict[str, torch.Tensor]) -> Delta | None:
+        """Parts [E, ...] by name -> the family's delta."""
+        labels = [group.members[member][0] for member in family.members]
+        keys = tuple(make_key(self._source.seed, group.name, label) for label in labels)
+        return packed_delta(family.codec, parts, group.shape[1], keys)
 
-    def _backend_of(self, group: ExpertGroup, codec: DeltaCodec) -> str | None:
-        """Which backend runs such groups, None: there is no packed delta. Asked before parts are read, of empty ones."""
+    def _backend_of(self, group: ExpertGroup, family: Family) -> str | None:
+        """Which backend runs such experts, None: there is no packed delta. Asked before parts are read, of empty ones."""
         parts = {
-            name: torch.empty(len(group.members), *spec.shape, dtype=TORCH[spec.dtype], device=self._device)
-            for name, spec in codec.spec(group.shape).items()
+            name: torch.empty(len(family.members), *spec.shape, dtype=TORCH[spec.dtype], device=self._device)
+            for name, spec in family.codec.spec(group.shape).items()
             if spec is not None
         }
-        delta = self._packed(group, codec, parts)
+        delta = self._packed(group, family, parts)
         if delta is None:
             return None
         try:
@@ -197,6 +211,13 @@ def _agreement(y: np.ndarray, expected: np.ndarray, base: np.ndarray, terms: int
     if length == 0:
         return Agreement(0.0 if distance == 0 else math.inf, 0.0)
     return Agreement(distance / length, ARITHMETIC * math.sqrt(terms) + DELTA * added / length)
+
+
+def _where(group: ExpertGroup, family: Family) -> str:
+    """A group, or those of its experts that have one of its codecs."""
+    if len(family.members) == len(group.members):
+        return group.name
+    return f"{group.name}, expert {', '.join(group.members[member][0] for member in family.members)}"
 
 
 def _why_decoded(codec: DeltaCodec) -> str:

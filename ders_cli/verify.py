@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ders_kernels.cpu_ops import floats
 
+from .aligned import in_one_order
 from .checkpoint.reader import read_header
 from .checkpoint.tensor import FLOATS, STORAGE, TensorSpec
 from .compare import Layer, LayerResult, Matched, compare_layer, layer_name, random_states
@@ -66,6 +67,8 @@ def verify(
 ) -> Report:
     """Check `tested` by itself and, if given, against `reference`; by the kernels of a backend, if one is named."""
     through = _kernels(tested, backend, outputs) if backend else None
+    if reference is not None:
+        tested, reference = in_one_order(tested, reference)
     report = Report(tested.reader.address, reference.reader.address if reference else None)
     if through:
         report.kernels = {"backend": through.backend, "experts": [], "decoded": through.decoded}
@@ -266,8 +269,10 @@ def _noted(tested: Source, matched: Matched) -> dict[str, Any] | None:
 
 def _compare_others(tested: Source, reference: Source, report: Report) -> None:
     """Router, attention, norms, embeddings, biases: equal bytes under equal canonical names."""
-    mine = {tested.aliases.get(name, name): name for name in tested.copied}
-    theirs = {reference.aliases.get(name, name): name for name in reference.copied}
+    mine, theirs = (
+        {source.aliases.get(name, name): name for name in source.copied if name not in source.aligned}
+        for source in (tested, reference)
+    )
     for name in sorted(mine.keys() | theirs.keys()):
         if name not in mine or name not in theirs:
             report.add(name, "missing" if name in theirs else "not in the reference")

@@ -21,18 +21,28 @@ def read_experts(folder: Path) -> dict[tuple[str, str], np.ndarray]:
     assert about["format"] == 1, about["format"]
     for group in about["groups"]:
         name, dtype = group["name"], group["dtype"]
-        base, prefix = tensors[f"{name}.base"], f"{name}.delta."
-        parts = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        for i, member in enumerate(group["members"]):
-            if group["codec"]["codec"] == "exact":
+        base = tensors[f"{name}.base"]
+        for number, member in enumerate(group["members"]):
+            codec, i, prefix = codec_of(group["codec"], number)
+            prefix = f"{name}.{prefix}"
+            parts = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+            if codec["codec"] == "exact":
                 bits = read_exact(parts["extents"][i], parts["stream"], base, dtype)
             else:
                 digest = hashlib.sha256(f"{about['recipe']['seed']}/{name}/{member['label']}".encode()).digest()
                 key = int.from_bytes(digest[:8], "little")
-                own = {part: read_part(group["codec"], part, t[i]) for part, t in parts.items()}
-                bits = narrow(widen(base, dtype) + read_delta(group["codec"], own, base.shape, key), dtype)
+                own = {part: read_part(codec, part, t[i]) for part, t in parts.items()}
+                bits = narrow(widen(base, dtype) + read_delta(codec, own, base.shape, key), dtype)
             experts[name, member["label"]] = bits
     return experts
+
+
+def codec_of(codec: dict, member: int) -> tuple[dict, int, str]:
+    """Section 3: a member's codec, the member's place in its parts, and how these are called behind the group's name."""
+    if codec["codec"] != "mixed":
+        return codec, member, "delta."
+    k = codec["of"][member]
+    return codec["codecs"][k], codec["of"][:member].count(k), f"delta.{k}."
 
 
 def read_part(codec: dict, part: str, stored: np.ndarray) -> np.ndarray:

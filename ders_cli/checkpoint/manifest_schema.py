@@ -110,6 +110,7 @@ class Manifest(_Part):
     tensors: dict[str, Annotated[list[Digest], Field(min_length=1)]]
     files: dict[str, Digest]
     bytes: dict[str, float]
+    aligned: list[str] = []
 
     @field_validator("files")
     @classmethod

@@ -8,6 +8,7 @@ from ..errors import CheckpointError, UsageError
 from ..registry import discover
 from .base import DeltaCodec
 from .chain import MOST, ChainCodec
+from .mixed import GroupCodec, MixedCodec
 
 CODECS: dict[str, type[DeltaCodec]] = {c.name: c for c in discover(sys.modules[__name__], "CODEC").values()}
 
@@ -47,3 +48,22 @@ def codec_from_config(config: dict[str, Any], within: int = 0) -> DeltaCodec:
         return codec(**fields)
     except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
         raise CheckpointError(f"ders.json: codec {config!r:.120}: not understood ({error})") from None
+
+
+def group_codec_from_config(config: dict[str, Any], members: int) -> GroupCodec:
+    """What stands for a group of so many members, as ders.json describes it. Raises CheckpointError."""
+    if config.get("codec") != "mixed":
+        return codec_from_config(config)
+    codecs, of = config.get("codecs"), config.get("of")
+    if config.keys() != {"codec", "codecs", "of"} or not (isinstance(codecs, list) and isinstance(of, list)):
+        raise CheckpointError(f"ders.json: codec {config!r:.120}: expected the lists `codecs` and `of`, and no more")
+    if not all(isinstance(each, dict) for each in codecs) or not all(type(k) is int for k in of):
+        raise CheckpointError(f"ders.json: codec {config!r:.120}: expected objects in `codecs` and numbers in `of`")
+    if len(of) != members:
+        raise CheckpointError(f"ders.json: codec: `of` has {len(of)} numbers, expected {members}, one for each member")
+    if len(codecs) < 2 or list(dict.fromkeys(of)) != list(range(len(codecs))):
+        raise CheckpointError(
+            f"ders.json: codec: `of` {of!r:.80}: expected the numbers of 2 or more `codecs` (here {len(codecs)}), "
+            "each of them used, in order of first use"
+        )
+    return MixedCodec(tuple(codec_from_config(each) for each in codecs), tuple(of))

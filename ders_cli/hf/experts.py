@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime import gpu
-from ..runtime.experts import DersExperts
-from ..runtime.group import RuntimeGroup
-from ..runtime.projection import WEIGHTS, DersProjection
+from ..runtime.experts import AnyProjection, DersExperts
+from ..runtime.group import MixedGroup, RuntimeGroup
+from ..runtime.projection import WEIGHTS
 from .stacked import Stacked
 from .stock import STACKED
 
@@ -22,7 +22,7 @@ class HfExperts(DersExperts):
     `gate_up_proj_bias` and `down_proj_bias` here as there. The gate is the stock class's own `_apply_gate`.
     """
 
-    def __init__(self, stock: nn.Module, groups: Sequence[RuntimeGroup], dtype: torch.dtype | None):
+    def __init__(self, stock: nn.Module, groups: Sequence[RuntimeGroup | MixedGroup], dtype: torch.dtype | None):
         biases = self._bias if stock.has_bias else None
         super().__init__(groups, self._activate, biases, device="meta", dtype=dtype)
         self._stock_class, self._stacked = type(stock), Stacked(stock)
@@ -49,7 +49,7 @@ class HfExperts(DersExperts):
         WEIGHTS.forget(self)
         return super().train(mode)
 
-    def _projections(self) -> dict[str, DersProjection]:
+    def _projections(self) -> dict[str, AnyProjection]:
         """{"gate": ...} of a layer without slices."""
         return {p: m for p in ("gate", "up", "down") if (m := getattr(self, f"{p}_proj", None)) is not None}
 

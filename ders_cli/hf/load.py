@@ -21,12 +21,14 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..aligned import ORDER, layer_of, order_of
 from ..checkpoint.manifest import FORMAT, MANIFEST
-from ..codecs import DeltaCodec
+from ..codecs.mixed import GroupCodec
 from ..errors import CheckpointError, UnsupportedError, UsageError
 from ..layouts import PER_LAYER, ExpertGroup
 from ..runtime.dtypes import TORCH
 from ..runtime.group import runtime_groups, split_name
+from ..runtime.mixed import MixedProjection
 from ..runtime.projection import DersProjection
 from ..source import DersSource
 from .blocks import fit_block
@@ -44,8 +46,9 @@ class Packed:
 
     manifest: dict[str, Any]
     groups: tuple[ExpertGroup, ...]
-    codecs: dict[str, DeltaCodec]
+    codecs: dict[str, GroupCodec]
     paths: dict[str, str]  # path of an experts module in ders.json -> in the model
+    orders: dict[str, torch.Tensor]  # name on disk -> I32 [E, inner]: the order of experts' neurons (aligned.py)
 
 
 @register_quantization_config("ders")
@@ -113,17 +116,18 @@ class DersQuantizer(HfQuantizer):
 def freeze_base(model: nn.Module) -> None:
     """Train deltas alone: the bases, which all experts of a layer share, get no gradients."""
     for module in model.modules():
-        if isinstance(module, DersProjection):
+        if isinstance(module, DersProjection | MixedProjection):
             module.base.requires_grad_(False)
 
 
 def _from_names_on_disk(model: PreTrainedModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let load_state_dict take what a saved file holds: Trainer resumes so, and would miss a router of another name."""
-    own, guards = model.state_dict(), model.hf_quantizer.packed.manifest["guards"]
+    own, packed = model.state_dict(), model.hf_quantizer.packed
+    unused = {*packed.manifest["guards"], *packed.orders}
     renamings = [one for one in model._weight_conversions or () if isinstance(one, WeightRenaming)]
     for key in [key for key in state_dict if key.startswith(prefix) and key[len(prefix) :] not in own]:
         name, tensor = key[len(prefix) :], state_dict.pop(key)
-        if name not in guards:
+        if name not in unused:
             state_dict[prefix + rename_source_key(name, renamings, [], model.base_model_prefix, own)[0]] = tensor
 
 
@@ -194,17 +198,22 @@ def _pack(model: PreTrainedModel, source: DersSource, modules: dict[str, tuple[s
         model.set_submodule(name, HfExperts(stock, own[path], None if as_stored else wanted))
     kept = tuple(group for group in source.groups if split_name(group.name)[0] in modules)
     paths = {path: name for path, (name, _) in modules.items()}
-    return Packed(source.manifest, kept, {group.name: source.codecs[group.name] for group in kept}, paths)
+    tables = ((group, order_of(source, group)) for group in kept)
+    orders = {f"{layer_of(group)}{ORDER}": torch.from_numpy(table) for group, table in tables if table is not None}
+    return Packed(source.manifest, kept, {group.name: source.codecs[group.name] for group in kept}, paths, orders)
 
 
 def _ignore_on_load(
     model: PreTrainedModel, source: DersSource, modules: dict[str, tuple[str, nn.Module]], dequantize: bool
 ) -> None:
-    """Keep the loading report free of what has no place in the model on purpose: guards, and if dequantised all DeRS tensors."""
+    """Keep the loading report free of what has no place in the model on purpose: guards, orders of neurons, and if dequantised
+    all DeRS tensors."""
     stacked, patterns = "|".join(STACKED), {f"^{re.escape(guard)}$" for guard in source.manifest["guards"]}
     for path, (name, _) in modules.items():
         for here in {path, name}:
             patterns.add(rf"^{re.escape(here)}\.({stacked})$")  # a guard as stock loading renames it
+            if source.aligned:
+                patterns.add(rf"^{re.escape(here)}\.(slice\d+\.)?order$")
             if dequantize:
                 patterns.add(rf"^{re.escape(here)}\.(slice\d+\.)?(gate|up|down)_proj\.(base$|delta\.)")
     model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | patterns

@@ -41,6 +41,7 @@ from ..checkpoint.reader import INDEX
 from ..checkpoint.tensor import FLOATS, TensorSpec
 from ..checkpoint.writer import ShardWriter, fsync_folder
 from ..codecs import DeltaCodec
+from ..codecs.mixed import GroupCodec, MixedCodec, families, family_of
 from ..describe import BLANK, file_hash, group_entry
 from ..differences import Differences
 from ..engines import local
@@ -134,18 +135,27 @@ def _take_experts(packed: "Packed", state: dict[str, Tensor]) -> dict[str, Tenso
     return found
 
 
-def _unit(group: ExpertGroup, codec: DeltaCodec, experts: dict[str, Tensor]) -> Unit:
-    """A group and its codec with the dtypes that they will be stored in."""
+def _unit(group: ExpertGroup, codec: GroupCodec, experts: dict[str, Tensor]) -> Unit:
+    """A group and its codecs with the dtypes that they will be stored in."""
     base = experts[f"{group.name}.base"]
     if NAME.get(base.dtype) not in FLOATS:
         raise UnsupportedError(f"{group.name}.base: is {base.dtype}; expected bfloat16, float16 or float32")
     if not codec.lossless:
         group = dataclasses.replace(group, dtype=NAME[base.dtype])
-    if any(field.name == "dtype" for field in dataclasses.fields(codec)):
-        parts = [experts[f"{group.name}.delta.{part}"] for part in codec.spec(group.shape)]
-        if not all(_fits(part, TORCH[codec.dtype]) for part in parts):
-            codec = dataclasses.replace(codec, dtype=NAME[max((p.dtype for p in parts), key=lambda d: d.itemsize)])
+    own = families(codec, len(group.members))
+    kept = [_in_stored_dtype(group, family.codec, family.prefix, experts) for family in own]
+    codec = MixedCodec(tuple(kept), codec.of) if isinstance(codec, MixedCodec) else kept[0]
     return Unit(group, codec, stored_parts(group, codec))
+
+
+def _in_stored_dtype(group: ExpertGroup, codec: DeltaCodec, prefix: str, experts: dict[str, Tensor]) -> DeltaCodec:
+    """A codec that says the dtype of its parts, with one that holds what they are now."""
+    if not any(field.name == "dtype" for field in dataclasses.fields(codec)):
+        return codec
+    parts = [experts[f"{group.name}.{prefix}{part}"] for part in codec.spec(group.shape)]
+    if all(_fits(part, TORCH[codec.dtype]) for part in parts):
+        return codec
+    return dataclasses.replace(codec, dtype=NAME[max((p.dtype for p in parts), key=lambda d: d.itemsize)])
 
 
 def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
@@ -196,12 +206,13 @@ def _write(
     guards = packed.manifest["guards"]
     items: list[tuple[str, Any]] = [(unit.group.name, unit) for unit in units]
     items += [(name, ("guard", name, guard)) for name in guards]
-    items += [(name, ("copied", name, _spec(name, tensor))) for name, tensor in rest.items()]
+    copied = rest | packed.orders
+    items += [(name, ("copied", name, _spec(name, tensor))) for name, tensor in copied.items()]
     shards = fill_shards([item for _, item in sorted(items, key=lambda pair: natural(pair[0]))], max_shard_bytes)
     hashes: dict[str, list[str]] = {}
     files, sizes = {}, 0
     for shard in shards:
-        written, size = _write_shard(folder / shard.file, shard, experts, rest)
+        written, size = _write_shard(folder / shard.file, shard, experts, copied)
         hashes, sizes = hashes | written, sizes + size
         files |= dict.fromkeys(written, shard.file)
     if len(shards) > 1:
@@ -230,7 +241,7 @@ def _write_shard(
     path: Path, shard: ShardPlan, experts: dict[str, Tensor], rest: dict[str, Tensor]
 ) -> tuple[dict[str, list[str]], int]:
     """One weight file; the hashes of its tensors, and its bytes."""
-    exact = {name for unit in shard.units if unit.codec.lossless for name in unit.parts}
+    exact = {name for unit in shard.units for name in _kept_exactly(unit)}
     writer = ShardWriter(path, shard.fixed, shard.appended, slices=shard.slices)
     try:
         for name, spec in shard.fixed.items():
@@ -244,6 +255,13 @@ def _write_shard(
     except BaseException:
         writer.abandon()
         raise
+
+
+def _kept_exactly(unit: Unit) -> list[str]:
+    """The tensors that lossless deltas are made of, the base included."""
+    lossless = [f for f in families(unit.codec, len(unit.group.members)) if f.codec.lossless]
+    own = [f"{unit.group.name}.{f.prefix}{part}" for f in lossless for part in f.codec.spec(unit.group.shape)]
+    return [f"{unit.group.name}.base", *own] if lossless else []
 
 
 def _write_configs(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
@@ -263,7 +281,7 @@ def _decoded_hash(source: DersSource, group: ExpertGroup, member: int) -> str:
         bits = source.read(group, member, rows)
         digest.update(np.ascontiguousarray(bits).reshape(-1).view(np.uint8))
         bad = floats.first_nonfinite(floats.widen(bits, group.dtype))
-        if bad >= 0 and not source.codecs[group.name].lossless:
+        if bad >= 0 and not family_of(source.codecs[group.name], len(group.members), member)[0].codec.lossless:
             raise CheckpointError(
                 f"{group.name}, expert {group.members[member][0]}: NaN or infinity at "
                 f"[{rows.start + bad // group.shape[1]}, {bad % group.shape[1]}]; did training diverge?"
@@ -307,6 +325,7 @@ def _manifest(
         "source": _source(packed.manifest["source"], units, rest, config),
         "groups": [_entry(unit, [BLANK] * len(unit.group.members)) for unit in units],
         "guards": guards,
+        **({"aligned": list(packed.orders)} if "aligned" in packed.manifest else {}),
         "tensors": hashes,
         "bytes": {
             "experts": plain,

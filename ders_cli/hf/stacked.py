@@ -7,7 +7,8 @@ layers and count there; the stock module has them only during a call.
 import torch
 from torch import Tensor, nn
 
-from ..runtime.projection import WEIGHTS, DersProjection
+from ..runtime.experts import AnyProjection
+from ..runtime.projection import WEIGHTS
 from .stock import STACKED, matrices
 
 
@@ -17,7 +18,7 @@ class Stacked:
     def __init__(self, stock: nn.Module):
         self._stock = stock
 
-    def run(self, own: nn.Module, projections: dict[str, list[tuple[DersProjection, int]]], *call: Tensor) -> Tensor:
+    def run(self, own: nn.Module, projections: dict[str, list[tuple[AnyProjection, int]]], *call: Tensor) -> Tensor:
         """stock(*call) with the weights of `projections`, {projection: (module, member) of expert 0, 1, ...}.
 
         `own` has the parameters and buffers beside the matrices; it is what the cache knows the tensors by.
@@ -36,7 +37,7 @@ class Stacked:
         finally:
             stock._parameters.update(meta)
 
-    def _make(self, name: str, meta: Tensor, projections: dict[str, list[tuple[DersProjection, int]]]) -> Tensor:
+    def _make(self, name: str, meta: Tensor, projections: dict[str, list[tuple[AnyProjection, int]]]) -> Tensor:
         """One stacked tensor, filled expert by expert."""
         base = projections["up"][0][0].base
         with torch.inference_mode(False), torch.no_grad():

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from . import gpu
-from .choice import choose
-from .group import RuntimeGroup
+from .group import MixedGroup, RuntimeGroup
+from .mixed import MixedProjection
 from .projection import WEIGHTS, DersProjection
 
 Activate = Callable[[Tensor | None, Tensor], Tensor]
 Biases = Callable[[str, int], Tensor | None]
+AnyProjection = DersProjection | MixedProjection
 
 
 # Most pairs of token and expert whose activations and sums are made in one call, so that all threads have work; more
@@ -53,12 +54,13 @@ class DersExperts(nn.Module):
 
     activate(gate [t, inner] or None, up [t, inner]) -> [t, inner]; biases(projection, expert) -> [out] or None, asked
     for at each call. `way` is "auto", or "apart" or "whole" for all. `gate_proj`, `up_proj`, `down_proj` are
-    DersProjections, or those of `slice0`, `slice1`, ... where the FFN was cut into slices with a base each.
+    DersProjections (of a group of several codecs a MixedProjection), or those of `slice0`, `slice1`, ... where the FFN was
+    cut into slices with a base each.
     """
 
     def __init__(
         self,
-        groups: Sequence[RuntimeGroup],
+        groups: Sequence[RuntimeGroup | MixedGroup],
         activate: Activate,
         biases: Biases | None = None,
         device=None,
@@ -75,7 +77,8 @@ class DersExperts(nn.Module):
             owner.add_module("gate_proj", None)  # an FFN may have no gate
             for group in groups:
                 if group.slice == name:
-                    owner.add_module(f"{group.projection}_proj", DersProjection(group, device, dtype))
+                    made = MixedProjection if isinstance(group, MixedGroup) else DersProjection
+                    owner.add_module(f"{group.projection}_proj", made(group, device, dtype))
             _check(owner, groups[0].module, name)
 
     @property
@@ -130,7 +133,7 @@ class DersExperts(nn.Module):
         return out + down.base_product(mixed.to(x.dtype)) if apart else out
 
     def _products(
-        self, projection: DersProjection, x: Tensor, xs: list[Tensor], bundles: list[_Bundle], active: int
+        self, projection: AnyProjection, x: Tensor, xs: list[Tensor], bundles: list[_Bundle], active: int
     ) -> Iterator[Tensor]:
         """[pairs, out] for one bundle after the other: x @ W.T and bias."""
         pieces, apart = _pieces(projection, x), self._apart(projection, x, _pairs(bundles), active)
@@ -140,7 +143,7 @@ class DersExperts(nn.Module):
 
     def _of_pairs(
         self,
-        projection: DersProjection,
+        projection: AnyProjection,
         x: Tensor,
         base: Tensor | None,
         bundle: _Bundle,
@@ -163,14 +166,11 @@ class DersExperts(nn.Module):
             return y
         return y + torch.cat([b.expand(n, -1) for b, n in zip(biases, bundle.counts, strict=True)])
 
-    def _apart(self, projection: DersProjection, x: Tensor, pairs: int, active: int) -> bool:
+    def _apart(self, projection: AnyProjection, x: Tensor, pairs: int, active: int) -> bool:
         """Pairs of token and expert, and how many experts have any."""
         if self.way != "auto" or projection.no_delta:
             return self.way != "whole"
-        group, gradient = projection.group, projection.differentiates(x)
-        form = projection.form if projection.form and projection.form.runs(projection, x, gradient) else None
-        kept = not projection.training and projection.has_room()
-        return choose(group.codec, form, group.shape, pairs / max(1, active), active, kept, gradient) == "apart"
+        return projection.apart(x, pairs / max(1, active), active)
 
 
 def _check(owner: nn.Module, module: str, name: str) -> None:
@@ -265,5 +265,5 @@ def _add(total: Tensor, values: Tensor, tokens: Tensor | None) -> None:
         total.index_add_(0, tokens, values.to(total.dtype))
 
 
-def _pieces(projection: DersProjection, x: Tensor) -> list[dict[str, Tensor]] | None:
+def _pieces(projection: AnyProjection, x: Tensor) -> list[dict[str, Tensor]] | None:
     return projection.pieces() if projection.differentiates(x) else None

@@ -1,7 +1,7 @@
 """A layer of packed experts on a GPU: as its parameters are, through ders_kernels.dispatch, in inference.
 
 Not for what those kernels don't compute: expert biases, sliced experts, a gradient, an activation that isn't one of theirs,
-codecs without a packed delta. Such layers go the way that they go on a CPU.
+codecs without a packed delta, several codecs in one group. Such layers go the way that they go on a CPU.
 """
 
 import logging
@@ -15,10 +15,11 @@ from ders_kernels.deltas import Projection
 from ders_kernels.reference import ACTIVATIONS
 from torch import Tensor
 
+from .mixed import MixedProjection
 from .projection import DersProjection
 
 if TYPE_CHECKING:
-    from .experts import Activate, DersExperts
+    from .experts import Activate, AnyProjection, DersExperts
 
 _log = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -52,15 +53,17 @@ def forward(layer: "DersExperts", x: Tensor, index: Tensor, gates: Tensor, backe
     return dispatch.moe_forward(x, index, gates, gate, up, down, _name(layer), backend=backend)
 
 
-def packed(projection: DersProjection) -> Projection | None:
+def packed(projection: DersProjection | MixedProjection) -> Projection | None:
     """Base and packed delta of a group, of the parameters as they are now; None: its codec has no packed delta."""
+    if isinstance(projection, MixedProjection):
+        return None
     if projection.no_delta:
         return Projection(projection.base.detach(), None)
     delta = projection.made_for_all(projection.packed)
     return None if delta is None else Projection(projection.base.detach(), delta)
 
 
-def _projections(layer: "DersExperts") -> tuple[DersProjection | None, DersProjection, DersProjection] | None:
+def _projections(layer: "DersExperts") -> "tuple[AnyProjection | None, AnyProjection, AnyProjection] | None":
     """gate, up, down of a layer without slices whose members are experts 0, 1, ... in order."""
     up = getattr(layer, "up_proj", None)
     if up is None or up.group.experts != tuple(range(len(up.group.experts))):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..codecs.integers import IntCodec
 from ..codecs.rank import RankCodec
 from .cache import CACHE_BYTES, WeightCache
-from .choice import small
+from .choice import choose, small
 from .deltas import packed_delta
 from .dtypes import TORCH
 from .forms import Form, each, product
@@ -43,6 +43,14 @@ def short_form(group: RuntimeGroup) -> Form | None:
     return Scattered(codec) if Scattered.fits(codec) else None
 
 
+def make_parts(group: RuntimeGroup, device=None, dtype=None) -> Parts:
+    """The parameters of a group's delta; `dtype` is that of the base in memory, None: as stored."""
+    specs = {name.removeprefix("delta."): spec for name, spec in group.parts.items() if name != "base"}
+    trainable = form.trainable if (form := short_form(group)) else frozenset()
+    # scales of 1e-8 and factors have no room in fp16: parts widen with the base, they never narrow
+    return Parts(specs, trainable, device, dtype if dtype is torch.float32 else None)
+
+
 class DersProjection(nn.Module):
     """y = x @ W.T for members 0..E-1 of a group, W = B + D_member [out, in].
 
@@ -53,15 +61,15 @@ class DersProjection(nn.Module):
 
     def __init__(self, group: RuntimeGroup, device=None, dtype=None):
         super().__init__()
-        self.group, self.form = group, short_form(group)
-        self.member_of = {expert: member for member, expert in enumerate(group.experts)}
         base = torch.empty(group.shape, dtype=dtype or TORCH[group.dtype], device=device)
         self.base = nn.Parameter(base, requires_grad=not group.codec.lossless)
-        specs = {name.removeprefix("delta."): spec for name, spec in group.parts.items() if name != "base"}
-        # scales of 1e-8 and factors have no room in fp16: parts widen with the base, they never narrow
-        self.delta = Parts(
-            specs, self.form.trainable if self.form else frozenset(), device, dtype if dtype is torch.float32 else None
-        )
+        self.delta = make_parts(group, device, dtype)
+        self._begin(group)
+
+    def _begin(self, group: RuntimeGroup) -> None:
+        """All but the parameters."""
+        self.group, self.form = group, short_form(group)
+        self.member_of = {expert: member for member, expert in enumerate(group.experts)}
         self._made: dict[Hashable, tuple[Any, Any]] = {}
         self.has_room()  # asked now, so that the first layers to run know of the last ones
 
@@ -75,6 +83,12 @@ class DersProjection(nn.Module):
     def no_delta(self) -> bool:
         """A codec without parts: every member is the base."""
         return len(self.group.parts) == 1
+
+    def apart(self, x: Tensor, tokens: float, active: int) -> bool:
+        """Whether base and delta apart are the faster way for so many tokens of each active expert (choice.py)."""
+        gradient, kept = self.differentiates(x), not self.training and self.has_room()
+        form = self.form if self.form and self.form.runs(self, x, gradient) else None
+        return choose(self.group.codec, form, self.group.shape, tokens, active, kept, gradient) == "apart"
 
     def weight(self, member: int) -> Tensor:
         """[out, in] = base + delta in the base's dtype; no gradient goes through it.
@@ -151,7 +165,8 @@ class DersProjection(nn.Module):
 
     def differentiates(self, x: Tensor) -> bool:
         """Whether a product with x has to be differentiable."""
-        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        tensors = (x, self.base, *self.delta.tensors().values())
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
     def made_once(self, member: Hashable, make: Callable[[], Any]) -> Any:
         """What a form works out from a member's parts, or from all; made again if a parameter that doesn't train has changed."""

@@ -277,22 +277,25 @@ def _recipe(data: bytes) -> None:
 
 def _plan(recipe: Any, shape: tuple[int, int]) -> None:
     """What a conversion asks of a recipe first: each group's codec, its parts, its text in ders.json."""
-    from ders_cli.codecs import codec_from_config
+    from ders_cli.codecs import group_codec_from_config
+    from ders_cli.codecs.mixed import families, mixed
     from ders_cli.layouts import ExpertGroup, MatrixView
 
+    members = tuple((label, MatrixView("w", shape, 0, shape[1], 1)) for label in ("0", "1", "shared"))
     for layer in range(2):
         for projection in ("gate", "down"):
-            members = (("0", MatrixView("w", shape, 0, shape[1], 1)),)
-            codec = recipe.codec(ExpertGroup("g", layer, projection, "BF16", members))
-            codec.spec(shape)
-            again = codec_from_config(json.loads(json.dumps(codec.config)))
-            assert again == codec and again.spec(shape) == codec.spec(shape), f"{codec} is noted as {codec.config}"
+            codec = mixed(recipe.codecs(ExpertGroup("g", layer, projection, "BF16", members)))
+            again = group_codec_from_config(json.loads(json.dumps(codec.config)), len(members))
+            assert again == codec, f"{codec} is noted as {codec.config}"
+            for one, other in zip(families(codec, len(members)), families(again, len(members)), strict=True):
+                assert one.codec.spec(shape) == other.codec.spec(shape)
 
 
 def _recipes() -> Iterable[bytes]:
     for path in sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")):
         yield path.read_bytes()
     yield b"base: expert:1\ndelta: drop0.9+int4\ngroup_size: 32\nseed: 7\nshared: true\nrules:\n  - {layers: '0-3,31', delta: '2:4'}\n"
+    yield b"delta: int4\nrules:\n- {experts: [0, 4-7, shared], delta: exact}\n- {experts: '1,3', layers: odd, delta: int8}\n"
     yield b"delta: exact\nrules:\n- layers: even\n  projections: [down]\n  delta: int1+rank2\n  group_size: 64\n- {layers: 1, delta: none}\n"
 
 

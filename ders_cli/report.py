@@ -111,16 +111,27 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     Console(width=None if _is_terminal() else 160).print(table)
 
 
+def bar(share: float, width: int = 10) -> str:
+    """A share of 1 as a bar of `width` characters, in eighths: bar(0.3, 4) -> "█▏░░". Beyond 0..1 it is empty or full; of no
+    number, "-". What is empty is drawn: a table strips spaces."""
+    if not math.isfinite(share):
+        return "-"
+    eighths = round(min(max(share, 0.0), 1.0) * 8 * width)
+    rest = "" if eighths % 8 == 0 else chr(0x2590 - eighths % 8)  # U+258F is one eighth, U+2589 seven
+    return ("█" * (eighths // 8) + rest).ljust(width, "░")
+
+
 def print_json(document: dict[str, Any]) -> None:
     """One JSON document on stdout. A number that JSON does not have, infinite or none, is null."""
-    print(json.dumps(_finite(document), indent=1, allow_nan=False))
+    print(json.dumps(finite(document), indent=1, allow_nan=False))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same with None for every number that JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

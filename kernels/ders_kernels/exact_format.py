@@ -232,6 +232,40 @@ def encode_chunk(expert: Patterns, base: Patterns, exponent_shift: int) -> bytes
     return bytes((STORED,)) + expert.astype(f"<u{width // 8}").tobytes()
 
 
+def difference_tokens(width: int) -> NDArray[np.int64]:
+    """Raw bits of each token that a difference of so many bits can have [tokens]."""
+    _, raw_bits, number = _token_values(DIFFERENCE, width, 0)
+    return raw_bits[:number]
+
+
+def expected_bytes(differences: NDArray[np.int64], own: NDArray[np.int64], shift: int, width: int) -> int:
+    """How long encode_chunk's answer will be, to some bytes in a thousand, from counts alone (cpu_ops/steps.py).
+
+    differences [exponents, tokens]: weights by the exponent of their base and the token of their difference. own
+    [exponents]: some of them by their own exponent, for the mode without a base, of which one context is expected; zeros
+    where these were not counted. width: bits of a weight.
+    """
+    n = int(differences.sum())
+    bits, size = _expected(DIFFERENCE, differences, shift, width)
+    if bits > n * (shift + 1) and own.any():
+        every = np.rint(own * (n / int(own.sum()))).astype(np.int64)
+        bits, size = min((bits, size), _expected(NO_BASE, every[None], shift, width))
+    stored = n * width // 8
+    return size if bits < 8 * stored and size <= stored else stored + 1
+
+
+def _expected(mode: int, counts: NDArray[np.int64], shift: int, width: int) -> tuple[int, int]:
+    """(_Model.bits, bytes of the chunk), but for what the last words of the states and the roundings make of them."""
+    merged = np.zeros((counts.shape[0], TOKENS), np.int64)
+    merged[:, : counts.shape[1]] = counts
+    raw_bits = int(merged.sum(axis=0) @ _token_values(mode, width, shift)[1])
+    rows, cost = merge_exponents(merged, MAX_CONTEXTS)
+    frequency = _frequencies(merged[rows])
+    tables = sum(len(_table_bytes(0, table)) for table in frequency)
+    coded = float((merged[rows] * (SLOT_BITS - np.log2(np.maximum(frequency, 1)))).sum())
+    return raw_bits + (cost >> 16), 2 + tables + 4 * LANES + 4 + round(coded / 8) + -(-raw_bits // 8)
+
+
 class _Reader:
     """Bytes taken from the front; CorruptStream where there are too few."""
 

@@ -89,12 +89,12 @@ def narrow(values: np.ndarray, dtype: str) -> np.ndarray:
     return out
 
 
-def delta(expert: np.ndarray, base: np.ndarray, dtype: str) -> np.ndarray:
-    """fp32(expert) - fp32(base), in fp32."""
+def delta(expert: np.ndarray, base: np.ndarray, dtype: str, out: np.ndarray | None = None) -> np.ndarray:
+    """fp32(expert) - fp32(base), in fp32; written into `out`, fp32 and contiguous, where that is given."""
+    out = np.empty(expert.shape, np.float32) if out is None else out
     if dtype != "BF16":
         with np.errstate(invalid="ignore", over="ignore"):
-            return widen(expert, dtype) - widen(base, dtype)
-    out = np.empty(expert.shape, np.float32)
+            return np.subtract(widen(expert, dtype), widen(base, dtype), out=out)
     _delta_bf16(expert.reshape(-1), base.reshape(-1), out.reshape(-1))
     return out
 

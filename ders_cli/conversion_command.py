@@ -1,15 +1,16 @@
 """What compress, decompose, sparsify and quantize have in common: from parsed options to a written report."""
 
 import math
-from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .choosing import NOTHING, Choosing, chosen
 from .errors import UsageError
 from .options import RunOptions
 from .report import human_bytes, print_json, print_table, say
 
 if TYPE_CHECKING:  # nothing heavy is imported until a command runs
+    from .budget.spend import Spent
     from .convert import Conversion
     from .output import Options
     from .recipe import Recipe
@@ -25,15 +26,18 @@ def convert_command(
     fields: dict[str, Any],
     recipe_file: str | None,
     run: RunOptions,
+    choosing: Choosing = NOTHING,
 ) -> None:
     """Plan and run one conversion, and print it. `fields`: the recipe's keys that flags gave; None means: not given."""
     from .output import place_output, refuse_within
 
+    choosing.check()
     recipe, ending = choose_recipe(fields, recipe_file)
+    ending = choosing.ending or ending
     out, options = place_output(output, model, ending, run.options())
     if recipe_file and Path(recipe_file).exists():
         refuse_within(out, Path(recipe_file))
-    document = convert_model(command, model, out, options, recipe, run)
+    document = convert_model(command, model, out, options, recipe, run, choosing)
     if run.as_json:
         print_json(document)
     elif run.dry_run:
@@ -57,18 +61,25 @@ def choose_recipe(fields: dict[str, Any], recipe_file: str | None) -> "tuple[Rec
 
 
 def convert_model(
-    command: str, model: str, out: Path, options: "Options", recipe: "Recipe", run: RunOptions
+    command: str,
+    model: str,
+    out: Path,
+    options: "Options",
+    recipe: "Recipe",
+    run: RunOptions,
+    choosing: Choosing = NOTHING,
 ) -> dict[str, Any]:
     """Plan one conversion and, unless `run` is dry, run it; the document that --json prints."""
     from . import convert
     from .source import open_source
 
-    with open_source(model, recipe.shared, run.scratch) as source:
-        conversion = convert.prepare(source, recipe, out, options)
-        with closing(conversion.base) if conversion.base else nullcontext():
-            if run.dry_run:
-                return _planned(command, conversion)
-            document = finished(command, conversion, convert.run(conversion))
+    with (
+        open_source(model, recipe.shared, run.scratch) as source,
+        chosen(source, recipe, out, options, choosing, run.dry_run) as (conversion, spent),
+    ):
+        if run.dry_run:
+            return _planned(command, conversion) | _bought(spent)
+        document = finished(command, conversion, convert.run(conversion)) | _bought(spent)
     for warning in document["warnings"]:
         say(f"warning: {warning}")
     if document["left_behind"]:
@@ -79,6 +90,10 @@ def convert_model(
 def _planned(command: str, conversion: "Conversion", dry_run: bool = True) -> dict[str, Any]:
     shown = conversion.options.target.shown(conversion.out)
     return {"schema": SCHEMA, "command": command, "output": shown, "dry_run": dry_run, "plan": conversion.totals()}
+
+
+def _bought(spent: "Spent | None") -> dict[str, Any]:
+    return {} if spent is None else {"budget": spent.document()}
 
 
 def finished(command: str, conversion: "Conversion", manifest: dict[str, Any]) -> dict[str, Any]:
@@ -94,6 +109,10 @@ def finished(command: str, conversion: "Conversion", manifest: dict[str, Any]) -
         "warnings": [*changed(conversion.source), *_warnings(manifest)],
         "left_behind": left_behind(conversion.source.reader.folder),
     }
+
+
+def _errors_of(bought: dict[str, Any]) -> list[tuple[str, float]]:
+    return [(name, value) for name, value in bought["predicted"].items() if name.endswith("_error")]
 
 
 def _worst_errors(manifest: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -147,6 +166,10 @@ def _print_plan(document: dict[str, Any]) -> None:
     if not plan["exact"]:
         print("          (an exact stream's size is known only after encoding)")
     print(f"  memory  about {human_bytes(plan['peak_memory_bytes'])} above an idle process")
+    if "budget" in document:
+        from .budget.spent import print_curve
+
+        print_curve(document["budget"])
 
 
 def _print_summary(document: dict[str, Any]) -> None:
@@ -160,6 +183,9 @@ def _print_summary(document: dict[str, Any]) -> None:
         ["  deltas", "", human_bytes(size["delta"]), f"{size['bits_per_delta_weight']:.3f} bits/weight"],
     ]
     print_table("", ["", "before", "after", "share"], rows)
+    if "budget" in document:
+        predicted = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in _errors_of(document["budget"]))
+        print(f"Codecs chosen for {document['budget']['budget']}; predicted {predicted}.")
     errors = document["errors"]
     if all(error["weight_worst"] == 0 for error in errors.values()):
         print("Exact: every expert restores byte for byte (proof: ders verify).")

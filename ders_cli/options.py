@@ -59,6 +59,18 @@ ADDRESS = Annotated[
     str | None,
     typer.Option("--address", help="The Ray cluster: auto or HOST:PORT. Default: RAY_ADDRESS, or a Ray started here."),
 ]
+CALIBRATE = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibrate",
+        help="A text: int and rank deltas are fitted to what the experts see of it (runs the model; extra [hf]).",
+    ),
+]
+ACTIVATIONS = Annotated[
+    Path | None,
+    typer.Option("--activations", help="A safetensors file with what the experts see, instead of a text."),
+]
+TOKENS = Annotated[int, typer.Option("--tokens", help="Tokens of the text to use.", min=1, max=1_000_000)]
 JSON = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from .. import options as o
+from ..choosing import Choosing
 from ..conversion_command import convert_command
 from ..errors import UsageError
 
@@ -20,7 +21,9 @@ def compress(
     delta: Annotated[
         str | None,
         typer.Option(
-            "--delta", help="exact, int8 ... int1, dropP, ternaryK, topK, N:M, rankR, or a chain a+b. Default: int4."
+            "--delta",
+            help="exact, int8 ... int1, dropP, ternaryK, topK, N:M, rankR, or a chain a+b. Default: int4. With a budget: what "
+            "it chooses from, such as int4,int2,ternary0.02.",
         ),
     ] = None,
     recipe: Annotated[
@@ -36,6 +39,28 @@ def compress(
             help="Instead of MODEL: a text file with a model a line, or a glob in quotes, such as 'models/*'. -o is a folder.",
         ),
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            help="The best mix of codecs for this size: bits per delta weight such as 1.5bpw, or bytes of the whole output "
+            "such as 12GB.",
+        ),
+    ] = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(
+            "--max-loss",
+            help="The smallest mix whose predicted relative error of the experts' outputs is at most this, such as 0.01.",
+        ),
+    ] = None,
+    align: Annotated[
+        bool,
+        typer.Option("--align", help="First bring the experts' neurons into one order; restore puts them back."),
+    ] = False,
+    calibrate: o.CALIBRATE = None,
+    activations: o.ACTIVATIONS = None,
+    tokens: o.TOKENS = 4096,
     output: o.OUTPUT = None,
     base: o.BASE = None,
     group_size: o.GROUP_SIZE = None,
@@ -65,6 +90,10 @@ def compress(
 
         ders compress mixtral --recipe subbit
 
+        ders compress mixtral --budget 0.5bpw --dry-run
+
+        ders compress mixtral --delta int3 --calibrate text.txt
+
         ders compress --batch 'models/*' --delta int4 -o small
     """
     if (model is None) == (batch is None):
@@ -73,8 +102,12 @@ def compress(
             if model is None
             else f"--batch {batch} and a MODEL: expected one of the two; a glob goes in quotes"
         )
+    spends = budget is not None or max_loss is not None
+    choosing = Choosing(
+        budget, max_loss, tuple(delta.split(",")) if spends and delta else (), align, calibrate, activations, tokens
+    )
     fields = {
-        "delta": "int4" if delta is None and recipe is None else delta,
+        "delta": "int4" if recipe is None and (delta is None or spends) else None if spends else delta,
         "base": base,
         "group_size": group_size,
         "seed": seed,
@@ -84,7 +117,11 @@ def compress(
         jobs, max_memory, max_shard_size, dry_run, overwrite, resume, quiet, as_json, engine, address, scratch
     )
     if batch is None:
-        return convert_command("compress", model, output, fields, recipe, run)
+        return convert_command("compress", model, output, fields, recipe, run, choosing)
+    if choosing:
+        raise UsageError(
+            "--batch takes no --budget, --max-loss, --align, --calibrate or --activations: each is of one model"
+        )
     from ..batch import run_batch
 
     raise typer.Exit(run_batch("compress", batch, output, fields, recipe, run))

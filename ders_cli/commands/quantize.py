@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from .. import options as o
+from ..choosing import Choosing
 from ..conversion_command import convert_command
 
 
@@ -16,6 +17,9 @@ def quantize(
     group_size: o.GROUP_SIZE = None,
     seed: o.SEED = None,
     shared: o.SHARED = False,
+    calibrate: o.CALIBRATE = None,
+    activations: o.ACTIVATIONS = None,
+    tokens: o.TOKENS = 4096,
     jobs: o.JOBS = None,
     max_memory: o.MAX_MEMORY = None,
     max_shard_size: o.SHARD_SIZE = "5GB",
@@ -35,12 +39,15 @@ def quantize(
         ders quantize mixtral-ders-exact --bits 4
 
         ders quantize mixtral --bits 1 --group-size 64 -o mixtral-1bit
+
+        ders quantize mixtral --bits 3 --calibrate text.txt
     """
     fields = {"delta": f"int{bits}", "base": base, "group_size": group_size, "seed": seed, "shared": shared}
+    choosing = Choosing(calibrate=calibrate, activations=activations, tokens=tokens)
     run = o.RunOptions(
         jobs, max_memory, max_shard_size, dry_run, overwrite, resume, quiet, as_json, engine, address, scratch
     )
-    convert_command("quantize", model, output, fields, None, run)
+    convert_command("quantize", model, output, fields, None, run, choosing)
 
 
 COMMAND = quantize

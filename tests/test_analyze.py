@@ -24,7 +24,12 @@ Make = Callable[[Tensor, int], Tensor]  # (fp32 base, expert) -> fp32 expert
 
 
 def model(
-    folder: Path, make: Make | dict[int, Make], experts: int | list[int] = 4, layers: int = 2, dtype=BF16, std: float = 0.02
+    folder: Path,
+    make: Make | dict[int, Make],
+    experts: int | list[int] = 4,
+    layers: int = 2,
+    dtype=BF16,
+    std: float = 0.02,
 ) -> Path:
     """Mixtral's layout; `make` may be one for each layer. The base is in the stored dtype before it is given to it."""
     random, tensors = (
@@ -181,6 +186,16 @@ def test_one_expert_has_nothing_to_share(tmp_path: Path) -> None:
     found = analysis(model(tmp_path / "m", copy, 1))
     assert found["verdict"]["kind"] == "native" and "nothing to share" in found["verdict"]["says"]
     assert found["recommended"]["recipe"] is None and found["groups"][0]["cosine"]["pairs"] == [[1.0]]
+
+
+def test_a_stranger_among_siblings_is_named(tmp_path: Path) -> None:
+    drawn = Drawn()
+    found = analysis(model(tmp_path / "m", lambda base, i: drawn.own(base, i) if i == 2 else drawn.tuned(base, i), 5))
+    assert [reason for reason in found["verdict"]["reasons"] if "unlike" in reason] == [
+        "Expert 2 is unlike the others; without it they are nearer to their mean."
+    ]
+    found = analysis(model(tmp_path / "n", drawn.own, 5))
+    assert not [reason for reason in found["verdict"]["reasons"] if "unlike" in reason]
 
 
 def test_layers_of_other_kinds_are_named_and_kept(tmp_path: Path) -> None:

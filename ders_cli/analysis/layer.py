@@ -106,6 +106,7 @@ class _Statistics:
             cosine=(alike["least"], alike["mean"]),
             copied=all(one.copied for one in counted),
             equal=float(np.mean([one.equal for one in counted])),
+            to_others=tuple(((products.cosine.sum(axis=1) - 1) / max(1, len(counted) - 1)).tolist()),
             permuted=permuted,
             noise=tuple(self.noise.found(group.projection)),
         )

@@ -15,6 +15,7 @@ The model has the kind that most of its weights have; of layers that are copies 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 from .noise import NoiseFound
 
@@ -25,7 +26,10 @@ KURTOSIS, SPREAD = (
 )  # of noise: |kurtosis - 3| and the rows' and columns' spread are below; means over all experts
 LEVELS = 0.1  # the level of noise differs by less from layer to layer, as it is or relative to the weights
 RELATED = ("siblings", "relatives")
-MANY = 0.5  # share of the experts of which noise.py must know, and of a layer's that are permuted
+MANY = (
+    0.5  # share of the experts of which noise.py must know, of a layer's that are permuted, of groups with a stranger
+)
+STRANGE = 0.3  # below the median of the experts' mean cosines: a stranger
 
 WORDS = {
     "copies": "are copies: all their bits are equal",
@@ -52,6 +56,7 @@ class GroupFacts:
     cosine: tuple[float, float]  # of two experts: least, mean
     copied: bool  # all experts' bits are equal
     equal: float  # share of weights whose bits are the base's
+    to_others: tuple[float, ...] = ()  # each expert's mean cosine to the others
     permuted: tuple[str, ...] = ()  # experts whose neurons stand in another order
     noise: tuple[NoiseFound, ...] = ()
 
@@ -92,7 +97,12 @@ def judge(groups: Sequence[GroupFacts], base: str) -> Verdict:
     noise = _noise([group for group in groups if _kind(group) in RELATED], base)
     kinds = {group.name: _noisy(_kind(group), noise) for group in groups}
     kind = _main_kind(groups, kinds)
-    reasons = [*_sizes(groups, kinds, kind), *_noise_reasons(noise, kind), *_exceptions(groups, kinds, kind)]
+    reasons = [
+        *_sizes(groups, kinds, kind),
+        *_noise_reasons(noise, kind),
+        *_exceptions(groups, kinds, kind),
+        *_strangers(groups),
+    ]
     return Verdict(
         kind, _sentence(kind, groups, kinds, noise), reasons, noise if kind == "noisy copies" else None, kinds
     )
@@ -242,6 +252,17 @@ def _exceptions(groups: Sequence[GroupFacts], kinds: dict[str, str | None], kind
         if other != kind and layers:
             reasons.append(f"Layers {in_ranges(layers)}: experts that {WORDS[other]}.")
     return reasons
+
+
+def _strangers(groups: Sequence[GroupFacts]) -> list[str]:
+    """Experts that are unlike all others, which are alike: a shared expert of its own, say."""
+    odd: dict[str, int] = {}
+    for group in groups:
+        for label, cosine in zip(group.labels, group.to_others, strict=False):
+            if group.experts > 2 and cosine < median(group.to_others) - STRANGE:
+                odd[label] = odd.get(label, 0) + 1
+    labels = [label for label, times in odd.items() if times >= MANY * len(groups)]
+    return [f"Expert {label} is unlike the others; without it they are nearer to their mean." for label in labels]
 
 
 def in_ranges(numbers: Iterable[int]) -> str:

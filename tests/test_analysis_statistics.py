@@ -238,6 +238,24 @@ def test_noise_looks_like_noise_and_fine_tuning_does_not(dtype: str, by_row: boo
     assert by_rows.row_spread > 2 and by_columns.column_spread > 2 and tailed.kurtosis > 4
 
 
+def test_sums_over_fine_weights() -> None:
+    random = np.random.default_rng(4)
+    base, delta = (random.standard_normal((9, 61)).astype(np.float32) for _ in range(2))
+    delta[3], delta[5, 7] = 0, np.inf
+    rows, columns = np.full((9, 4), np.nan), np.ones((2, 61))
+    moments.fine_weights(delta, base, 0.5, rows, columns)
+    numbers, squares = np.ones(61), np.ones(61)
+    for i in (0, 1, 2, 4, 6, 7, 8):
+        d, mean = delta[i].astype(np.float64), (delta[i].astype(np.float64) ** 2).mean()
+        fine = np.abs(base[i]) <= np.float32(0.5 * np.sqrt(mean))
+        expected = [fine.sum(), (d[fine] ** 2).sum(), (d[fine] ** 4).sum(), (base[i].astype(np.float64) ** 2).mean()]
+        np.testing.assert_allclose(rows[i], expected, rtol=1e-12)
+        numbers += fine
+        squares += fine * d**2 / mean
+    assert not rows[[3, 5], :3].any()
+    np.testing.assert_allclose(columns, [numbers, squares], rtol=1e-12)
+
+
 # --- blocks and routers ---
 
 
@@ -247,7 +265,7 @@ def checkpoint(folder: Path, experts: int = 3) -> Path:
     for layer in range(2):
         prefix = f"model.layers.{layer}.block_sparse_moe"
         tensors[f"{prefix}.gate.weight"] = torch.randn(experts, 40, generator=random)
-        tensors[f"model.layers.{layer}.self_attn.gate.weight"] = torch.randn(experts, 40, generator=random)
+        tensors[f"model.layers.{layer}.attn.gate.weight"] = torch.randn(experts, 40, generator=random)
         for i in range(experts):
             for name, shape in (("w1", (43, 40)), ("w3", (43, 40)), ("w2", (40, 43))):
                 tensors[f"{prefix}.experts.{i}.{name}.weight"] = torch.randn(shape, generator=random)

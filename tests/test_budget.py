@@ -18,6 +18,8 @@ from ders_cli import convert
 from ders_cli.activations import Activations
 from ders_cli.base import make_base
 from ders_cli.budget import measure as measuring
+from ders_cli.budget.choice import Choice
+from ders_cli.budget.folder import within_folder
 from ders_cli.budget.limits import Limit, most_error, parse_budget
 from ders_cli.budget.measure import Cell, measure
 from ders_cli.budget.spend import CANDIDATES, spend, usable
@@ -100,6 +102,21 @@ def test_a_folder_is_not_passed(folders: dict[str, Path], tmp_path: Path, shard:
         bought(least - 1)
     errors = [bought(most).predicted["output_error"] for most in (least, least + 20000, least + 40000, 10**9)]
     assert errors == sorted(errors, reverse=True) and errors[0] > errors[1] > errors[2] > errors[3] == 0
+
+
+def test_less_is_spent_until_the_folder_fits() -> None:
+    """What stands beside the deltas goes up and down with the plan, by up to 150 bytes here."""
+
+    def solve(capacity: int) -> Choice:
+        return Choice((), capacity - capacity % 7, 1.0, 1.0, False, 0.0)
+
+    def folder(choice: Choice) -> int:
+        return choice.bytes + 1000 + choice.bytes * 37 % 151
+
+    for most in range(folder(solve(70)), 4000):
+        assert most - 400 < folder(within_folder(most, 70, solve, folder)) <= most
+    with pytest.raises(UsageError, match=f"takes {folder(solve(70)):,} bytes"):
+        within_folder(folder(solve(70)) - 1, 70, solve, folder)
 
 
 def test_most_error(folders: dict[str, Path]) -> None:
@@ -327,3 +344,15 @@ def test_the_command(folders: dict[str, Path], tmp_path: Path) -> None:
     assert ran["output_bytes"] == plan["predicted"]["folder_bytes"]
     assert ders("compress", folders["bf16"], "--budget", "1kB", "-o", tmp_path / "no").code == 2
     assert set(plan["uniform"]) <= set(CANDIDATES)
+
+
+@pytest.mark.parametrize(("flags", "measure"), [((), "output error"), (("--delta", "rank"), "delta error")])
+def test_what_a_person_sees(folders: dict[str, Path], tmp_path: Path, flags: tuple[str, ...], measure: str) -> None:
+    """--dry-run prints the curve, by size, with the chosen plan in it, then every candidate alone."""
+    ran = done("compress", folders["bf16"], "--budget", "2bpw", *flags, "-o", tmp_path / "out", "--dry-run")
+    lines = [line for line in ran.out.splitlines() if " │ " in line]
+    bits = [float(line.split("│")[2]) for line in lines]
+    chosen = next(number for number, line in enumerate(lines) if "chosen" in line)
+    curve = next(number for number, line in enumerate(lines) if line.split("│")[1].strip() not in ("", "chosen"))
+    assert measure in ran.out and bits[chosen] <= 2
+    assert bits[:curve] == sorted(bits[:curve]) and 0 < chosen < curve < len(lines)

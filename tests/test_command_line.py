@@ -17,7 +17,7 @@ import torch
 import toy
 from command import ROOT, ders, done, whole
 
-COMMANDS = ["bench", "compress", "decompose", "demo", "quantize", "restore", "sparsify", "upcycle", "verify"]
+COMMANDS = [path.stem for path in (ROOT / "ders_cli" / "commands").glob("[a-z]*.py")]
 
 
 @pytest.fixture(scope="module")

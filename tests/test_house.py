@@ -1,6 +1,7 @@
 """Imports go down only (docs/architecture.md); the kernels know nothing of checkpoints."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +67,14 @@ def test_every_room_has_a_floor() -> None:
         if path.suffix == ".py" or (path / "__init__.py").exists()
     }
     assert rooms - {"__init__"} == set(FLOOR), rooms ^ set(FLOOR)
+
+
+def test_every_package_is_installed() -> None:
+    """setuptools is told the packages one by one; an editable install has them all, whatever the list says."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = [path.parent for top in ("ders_cli", "kernels") for path in (ROOT / top).rglob("__init__.py")]
+    found = {".".join(path.relative_to(ROOT).parts).removeprefix("kernels.") for path in folders}
+    assert set(listed) == found | {"ders_cli.recipes"}
 
 
 def test_kernels_stand_alone() -> None:

@@ -362,6 +362,14 @@ def test_terminal_shows_the_report(kind: str, capsys: pytest.CaptureFixture) -> 
     assert all(word in shown for word in words)
 
 
+def test_a_little_is_nothing_where_all_are_alike() -> None:
+    document = copy.deepcopy(conversion(40, 4))
+    document["groups"][7]["error"]["kept"] = [1.1] * 4  # of all others 1
+    assert not standouts(document)
+    document["groups"][7]["error"]["kept"] = [1.4] * 4
+    assert [one.quantity for one in standouts(document)] == ["kept"]
+
+
 def test_the_odd_group_stands_out() -> None:
     document = copy.deepcopy(analysis(40, 4))
     assert not standouts(document)
@@ -369,8 +377,6 @@ def test_the_odd_group_stands_out() -> None:
     odd["delta"]["outlier"] = [200.0] * 4
     found = standouts(document)
     assert [(one.name, one.quantity, one.value) for one in found] == [(odd["name"], "outlier", 200.0)]
-    document["groups"][62]["delta"]["outlier"] = [14.0] * 4  # as all are alike, by chance a little away
-    assert len(standouts(document)) == 1
     document["groups"][7]["delta"] = {name: [None] * 4 for name in odd["delta"]}
     assert [one.name for one in standouts(document)] == [document["groups"][7]["name"], odd["name"]]
 
@@ -437,6 +443,9 @@ def test_selectors_choose(chromium: browser.Browser, tmp_path: Path) -> None:
     chosen = "[...document.querySelectorAll('#choose-pairs select')].map(s => s.value).join()"
     assert chromium.run(chosen) == "layer 2,up"  # there is no gate
     z = chromium.run("Array.from(document.getElementById('plot-pairs').data[0].z[0])")
+    chromium.run(f"({choose})('pairs', 1, 'down')")
+    chromium.run(f"({choose})('pairs', 0, 'layer 3')")
+    assert chromium.run(chosen) == "layer 3,down"  # the other choice stays
     group = next(g for g in document["groups"] if g["layer"] == 2 and g["projection"] == "up")
     assert np.allclose(z[1:], 1 - np.array(group["cosine"]["pairs"][0][1:]), rtol=1e-6) and chromium.errors == []
 
@@ -453,6 +462,11 @@ def test_light_and_dark_and_print(chromium: browser.Browser, tmp_path: Path) -> 
     assert _lightness(light[1]) - _lightness(light[0]) > 180 and _lightness(dark[0]) - _lightness(dark[1]) > 180
     chromium.screenshot(tmp_path / "dark.png")
     chromium.print(tmp_path / "x.pdf")  # while the screen is dark
+    chromium.call("Emulation.setEmulatedMedia", media="print")
+    widths = "[...document.querySelectorAll('.plot .main-svg')].map(svg => svg.getBoundingClientRect().width)"
+    shown = chromium.run(widths)
+    chromium.call("Emulation.setEmulatedMedia", media="")
+    assert all(500 < width <= 688 for width in shown)  # px of A4 between margins of 14 mm: nothing is cut off
     assert (tmp_path / "dark.png").stat().st_size > 50_000
     subprocess.run(["pdftoppm", "-r", "40", "-png", tmp_path / "x.pdf", tmp_path / "page"], check=True)
     from matplotlib.image import imread

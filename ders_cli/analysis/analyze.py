@@ -61,7 +61,9 @@ class Asked:
 
 def analyze(source: Source, asked: Asked) -> dict[str, Any]:
     """The analysis document of a checkpoint. Raises DersError kinds."""
-    terms = dict.fromkeys(asked.terms)
+    terms = dict.fromkeys(
+        (*asked.terms, "exact")
+    )  # which costs nothing to count, and is what is left where all else fails
     codecs = [parse_codec(term, asked.group_size) for term in terms]
     layers = layers_of(source)
     with ExitStack() as opened:

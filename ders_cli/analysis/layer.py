@@ -126,7 +126,9 @@ def study_layer(
     observers = [*statistics.observers, sketches, spectra, *predictions]
     observe_layer(source, settings.base, groups, observers, advance, settings.others)
 
-    alignment, predicted, documents = sketches.found(), _merged([one.found() for one in predictions], groups), []
+    with np.errstate(all="ignore"):  # what is not finite comes out as NaN
+        predicted = _merged([one.found() for one in predictions], groups)
+    alignment, documents = sketches.found(), []
     for projection, group in groups.items():
         sizes = [one.bytes for one in statistics.steps.found(projection)]
         codecs = {codec.term: _codec(codec, group, sizes, predicted[projection]) for codec in settings.codecs}

@@ -19,7 +19,9 @@ from ..codecs.exact import EXPONENT_SHIFT
 from .blocks import Block
 
 ROWS = 256
-LEAST = 100  # weights, for a kurtosis: its standard error is sqrt(24 / n) = 0.5 there, and it is a mean over many experts
+LEAST = (
+    100  # weights of a matrix, for its kurtosis: known to sqrt(24 / 100) = 0.5, and a verdict takes the mean of many
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Noise:
     def add(self, block: Block) -> None:
         (out, width), experts = block.group.shape, len(block.experts)
         if block.rows.start == 0:
-            self._rows, self._columns = [[] for _ in range(experts)], [np.zeros((width, 2)) for _ in range(experts)]
+            self._rows, self._columns = [[] for _ in range(experts)], [np.zeros((2, width)) for _ in range(experts)]
         every = max(1, out // ROWS)
         own = slice(-block.rows.start % every, None, every)
         base = floats.widen(np.ascontiguousarray(block.base[own]), block.group.dtype)
@@ -67,10 +69,10 @@ def _judge(rows: np.ndarray, columns: np.ndarray) -> NoiseFound:
     if not np.isfinite(two).all() or number.sum() < LEAST:
         return NoiseFound(*[math.nan] * 4)
     level = math.sqrt(two.sum() / number.sum())
-    there = columns[:, 0] > 0
+    there = columns[0] > 0
     ways = [_by_rows(number, two, four), _by_rows(number, two / size, four / size**2)] if (size > 0).all() else []
     kurtosis, spread = min(ways or [_by_rows(number, two, four)], key=lambda way: way[1])
-    return NoiseFound(level, kurtosis, spread, _spread(columns[there, 0], columns[there, 1], kurtosis))
+    return NoiseFound(level, kurtosis, spread, _spread(columns[0, there], columns[1, there], kurtosis))
 
 
 def _by_rows(number: np.ndarray, two: np.ndarray, four: np.ndarray) -> tuple[float, float]:

@@ -2,8 +2,8 @@
 
 A lossy codec is recommended where, of the whole model, the predicted output error |y' - y| / |y| is at most BOUND as root mean
 square over all experts and layers, and at most WORST times that of any one, and where at least KEPT of the deltas' size is
-left: a code that shrinks the deltas takes all experts back to the base, and costs far more than its error says. Of LIGHT the
-one that takes the fewest bytes. docs/analyze.md tells how the bound was found.
+left: a code that shrinks the deltas takes all experts back to the base, and costs far more than its error says. Of those that
+were tried, the one that takes the fewest bytes. docs/analyze.md tells how the bound was found.
 """
 
 import math
@@ -14,6 +14,7 @@ from typing import Any
 from .verdict import GroupFacts, Verdict, in_ranges
 
 BOUND, WORST, KEPT = 0.01, 2.0, 0.95
+# what is tried where nothing is asked for: codecs that keep the deltas' size
 LIGHT = ("ternary0.02", "ternary0.05", "drop0.9+int4", "int1", "int2", "int4")
 WORTH = 0.95  # of the source's bytes that an output folder takes at most, to be worth the trouble
 
@@ -85,7 +86,8 @@ def _by_numbers(
     source_bytes: int,
     settings: Mapping[str, Any],
 ) -> Recommendation:
-    near = [term for term in LIGHT if term in costs and costs[term].near and _worth(costs[term], source_bytes)]
+    lossy = {term: cost for term, cost in costs.items() if term != "exact"}
+    near = [term for term, cost in lossy.items() if cost.near and _worth(cost, source_bytes)]
     if near:
         term = min(near, key=lambda term: costs[term].delta_bytes)
         says = (
@@ -96,7 +98,7 @@ def _by_numbers(
     exact = costs.get("exact")
     if exact is None or not _worth(exact, source_bytes):
         return Recommendation(None, "Keep the model as it is: no codec is both light and near enough.")
-    known = [costs[term].output_error for term in LIGHT if term in costs and math.isfinite(costs[term].output_error)]
+    known = [cost.output_error for cost in lossy.values() if cost.kept >= KEPT and math.isfinite(cost.output_error)]
     least = f" (the least predicted is {min(known):.2g})" if known else ", as far as is known"
     says = (
         f"exact: no lossy codec of those tried keeps the output error at {BOUND:g} or below{least}, and nothing is lost this "

@@ -82,8 +82,9 @@ class _Group:
             expert.copied = expert.copied and np.array_equal(bits, experts[0])
         row = rows.start
         while row < rows.stop:
-            end = min(rows.stop, (row // self._chunk + 1) * self._chunk)
-            first = row + (row // self._chunk * self._chunk - row) % self._every  # a chunk's first row is always counted
+            begin = row // self._chunk * self._chunk
+            end = min(rows.stop, begin + self._chunk)
+            first = row + (begin - row) % self._every  # a chunk's first row is always counted
             counted = slice(first - rows.start, end - rows.start, self._every)
             there = np.ascontiguousarray(base[counted]).reshape(-1)
             for expert, bits in zip(self.experts, experts, strict=True):

@@ -149,7 +149,8 @@ def _main_kind(groups: Sequence[GroupFacts], kinds: dict[str, str | None]) -> st
 
 def _noise(groups: Sequence[GroupFacts], base: str) -> Noise | None:
     """The noise that all deltas of these groups are; None: they are more than that, or too coarse to tell."""
-    known = [(group, one) for group in groups for one in group.noise if math.isfinite(one.kurtosis)]
+    measured = [(group, one) for group in groups for one in group.noise if group.energy > 0]
+    known = [(group, one) for group, one in measured if math.isfinite(one.kurtosis)]
     if not known or len(known) < MANY * sum(group.experts for group in groups):
         return None
     kurtosis = _mean(one.kurtosis for _, one in known)

@@ -45,7 +45,8 @@ def spend_ranks(
 
     def point(choice: Choice) -> dict[str, Any]:
         bits = 8 * choice.bytes / weights
-        return {"delta_bytes": choice.bytes, "bits_per_delta_weight": bits, "delta_error": math.sqrt(choice.cost)}
+        errors = {"output_error": None, "delta_error": math.sqrt(choice.cost)}
+        return {"delta_bytes": choice.bytes, "bits_per_delta_weight": bits} | errors
 
     if budget.kind == "bits":
         capacity = capacity_of(budget, weights, 0)
@@ -63,5 +64,5 @@ def spend_ranks(
     each = sum(spectrum.price for spectrum in spectra)
     deepest = max(len(spectrum.values) for spectrum in spectra)
     uniform = {f"rank{r}": point(same_rank(spectra, r)) for r in UNIFORM if r <= deepest}
-    curve = [point(solve(size)) for size in curve_sizes(0, deepest * each) if size]
+    curve = [point(solve(size)) for size in curve_sizes(each // 4, deepest * each)]
     return Spent(budget, chosen, choice, predicted, listed(source, chosen), curve, uniform)

@@ -23,7 +23,7 @@ Plan = dict[tuple[int, str, str], str]  # layer, projection, label -> term
 @dataclass(frozen=True)
 class Spent:
     """What a budget buys. predicted, curve and uniform: "delta_bytes", "bits_per_delta_weight" and "output_error" of a plan,
-    of ranks "delta_error" instead; of the chosen one "folder_bytes" too."""
+    of ranks "delta_error" where the other is null; of the chosen one "folder_bytes" too."""
 
     limit: Limit
     recipe: Recipe
@@ -85,14 +85,12 @@ def curve_sizes(first: int, last: int) -> list[int]:
 
 def print_curve(bought: dict[str, Any]) -> None:
     """Two tables of a `Spent.document`: the best plan of each size, the chosen one among them, and every candidate alone."""
-    measure = "output_error" if "output_error" in bought["predicted"] else "delta_error"
-    header, title = (
-        ["", "bits/weight", "deltas", measure.replace("_", " ")],
-        f"the best plans, budget {bought['budget']}",
-    )
+    measure = "delta_error" if "delta_error" in bought["predicted"] else "output_error"
+    header = ["", "bits/weight", "deltas", measure.replace("_", " ")]
     points = [("", point) for point in bought["curve"]] + [("chosen", bought["predicted"])]
     points.sort(key=lambda row: row[1]["delta_bytes"])
-    print_table(title, header, [_row(name, point, measure) for name, point in points])
+    rows = [_row(name, point, measure) for name, point in points]
+    print_table(f"the best plans, budget {bought['budget']}", header, rows)
     print_table("one codec for all", header, [_row(term, point, measure) for term, point in bought["uniform"].items()])
 
 

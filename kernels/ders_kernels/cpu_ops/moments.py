@@ -103,27 +103,45 @@ def products(x, out):
                     out[i, j + more] += np.float64(sums[more])
 
 
+@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+def _energies(d, b):
+    """Sums of d^2 and of b^2."""
+    energy, size = 0.0, 0.0
+    for j in range(d.size):
+        energy += np.float64(d[j]) * np.float64(d[j])
+        size += np.float64(b[j]) * np.float64(b[j])
+    return energy, size
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+def _fine_row(d, b, limit, share, numbers, squares):
+    """One row of fine_weights; both ways are computed, as a branch that cannot be foreseen costs more."""
+    number, two, four = 0.0, 0.0, 0.0
+    for j in range(d.size):
+        fine = 1.0 if abs(b[j]) <= limit else 0.0
+        square = fine * np.float64(d[j]) * np.float64(d[j])
+        number += fine
+        two += square
+        four += square * square
+        numbers[j] += fine
+        squares[j] += square * share
+    return number, two, four
+
+
 @njit(nogil=True, cache=True)
 def fine_weights(delta, base, reach, rows, columns):
     """Sums over the weights whose base is at most `reach` times as large as the row's root mean square delta.
 
     fp32 delta, base [rows, in]; rows fp64 [rows, 4], written: how many these are, their sums of d^2 and d^4, and the mean of
-    base^2 over the whole row; columns fp64 [in, 2], added to: how many, and d^2 in units of the whole row's mean d^2.
+    base^2 over the whole row; columns fp64 [2, in], added to: how many, and d^2 in units of the whole row's mean d^2. Of a row
+    of zeros, and of one that is not finite, there are none.
     """
+    rows[:] = 0
     for row in range(delta.shape[0]):
-        d, b = delta[row], base[row]
-        energy, size = 0.0, 0.0
-        for j in range(d.size):
-            energy += np.float64(d[j]) * np.float64(d[j])
-            size += np.float64(b[j]) * np.float64(b[j])
-        mean = energy / d.size
-        limit, number, two, four = np.float32(reach * np.sqrt(mean)), 0.0, 0.0, 0.0
-        for j in range(d.size):
-            if mean > 0 and abs(b[j]) <= limit:
-                square = np.float64(d[j]) * np.float64(d[j])
-                number += 1
-                two += square
-                four += square * square
-                columns[j, 0] += 1
-                columns[j, 1] += square / mean
-        rows[row, 0], rows[row, 1], rows[row, 2], rows[row, 3] = number, two, four, size / d.size
+        energy, size = _energies(delta[row], base[row])
+        mean = energy / delta.shape[1]
+        rows[row, 3] = size / delta.shape[1]
+        if 0 < mean < np.inf:
+            limit = np.float32(reach * np.sqrt(mean))
+            found = _fine_row(delta[row], base[row], limit, 1 / mean, columns[0], columns[1])
+            rows[row, 0], rows[row, 1], rows[row, 2] = found

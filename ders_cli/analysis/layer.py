@@ -38,6 +38,7 @@ class Settings:
     others: Mapping[str, Base]
     codecs: Sequence[DeltaCodec]
     seed: int
+    spectra: frozenset[str]  # layers of which one expert's singular values are taken
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,10 @@ def study_layer(
     advance: Callable[[int], None],
 ) -> LayerFound:
     """Read the layer once. `states`: inputs of the experts, None: no outputs are predicted."""
-    statistics, sketches, spectra = _Statistics(), NeuronSketches(groups), LayerSpectra(groups, settings.seed)
+    statistics, sketches = _Statistics(), NeuronSketches(groups)
+    spectra = LayerSpectra(groups, settings.seed) if name in settings.spectra else None
     predictions = _predictions(groups, source.activation, states, settings)
-    observers = [*statistics.observers, sketches, spectra, *predictions]
+    observers = [*statistics.observers, sketches, *([spectra] if spectra else []), *predictions]
     observe_layer(source, settings.base, groups, observers, advance, settings.others)
 
     with np.errstate(all="ignore"):  # what is not finite comes out as NaN
@@ -132,7 +134,7 @@ def study_layer(
     for projection, group in groups.items():
         sizes = [one.bytes for one in statistics.steps.found(projection)]
         codecs = {codec.term: _codec(codec, group, sizes, predicted[projection]) for codec in settings.codecs}
-        energy = _rank_energy(spectra.found()[projection])
+        energy = _rank_energy(spectra.found()[projection] if spectra else None)
         documents.append(statistics.document(group) | {"rank_energy": energy, "codecs": codecs})
     permuted = tuple(label for label, moved in alignment["permuted"].items() if moved)
     energies = [statistics.gram.found(projection).energy for projection in groups]

@@ -26,7 +26,7 @@ def analyze(
         typer.Option("--text", help="A text that the model is run on: predict outputs for what its experts see of it."),
     ] = None,
     activations: o.ACTIVATIONS = None,
-    tokens: Annotated[int, typer.Option("--tokens", help="Hidden states per layer.", min=1, max=65536)] = 64,
+    tokens: Annotated[int, typer.Option("--tokens", help="Hidden states per layer.", min=1, max=65536)] = 32,
     seed: o.SEED = None,
     shared: o.SHARED = False,
     write_recipe: Annotated[

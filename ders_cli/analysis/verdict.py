@@ -215,7 +215,7 @@ def _sentence(kind: str, groups: Sequence[GroupFacts], kinds: dict[str, str | No
         )
     return (
         f"Not worth it: the experts are as different as independently trained ones. They differ from their mean by {share} "
-        f"({s:.2f} of what independent experts would): lossy deltas would ruin them, and exact ones save nothing. Keep the model."
+        f"({s:.2f} of what independent experts would): lossy deltas would ruin them, and exact ones save little. Keep the model."
     )
 
 

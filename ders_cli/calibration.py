@@ -113,6 +113,20 @@ def fits(source: Source, recipe: Recipe) -> bool:
     return any(isinstance(codec, FITTED) for group in source.groups for codec in recipe.codecs(group))
 
 
+def _not_fitted(source: Source, recipe: Recipe) -> list[str]:
+    codecs = dict.fromkeys(codec for group in source.groups for codec in recipe.codecs(group))
+    return list(dict.fromkeys(codec.term for codec in codecs if not isinstance(codec, FITTED)))
+
+
+def check_fits(source: Source, recipe: Recipe) -> None:
+    """Raise UsageError where the model is a remote one, or nothing in the recipe can be fitted."""
+    if source.reader.address != str(source.reader.folder):
+        raise UsageError(f"{source.reader.address}: calibration reads experts several times; copy the model here first")
+    if not fits(source, recipe):
+        others = ", ".join(_not_fitted(source, recipe))
+        raise UsageError(f"calibration fits int8 ... int1 and rankR; the recipe has {others}")
+
+
 def make_encoder(source: Source, recipe: Recipe, activations: Activations, quiet: bool = False) -> CalibratedEncoder:
     """The encoder for a recipe, after all of `activations` has been read and checked once.
 
@@ -120,12 +134,8 @@ def make_encoder(source: Source, recipe: Recipe, activations: Activations, quiet
     in the recipe can be fitted, or the model is a remote one; UnsupportedError where its activation is unknown; CheckpointError
     where the file is broken.
     """
-    if source.reader.address != str(source.reader.folder):
-        raise UsageError(f"{source.reader.address}: calibration reads experts several times; copy the model here first")
-    codecs = dict.fromkeys(codec for group in source.groups for codec in recipe.codecs(group))
-    others = list(dict.fromkeys(codec.term for codec in codecs if not isinstance(codec, FITTED)))
-    if not fits(source, recipe):
-        raise UsageError(f"calibration fits int8 ... int1 and rankR; the recipe has {', '.join(others)}")
+    check_fits(source, recipe)
+    others = _not_fitted(source, recipe)
     one = np.zeros((1, 1), np.float32)
     try:
         gated(one, one, source.activation)

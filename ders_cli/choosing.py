@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import DersError, UsageError
+from .report import say
 
 if TYPE_CHECKING:  # nothing heavy is imported until a command runs
     from .activations import Activations
@@ -23,6 +24,9 @@ if TYPE_CHECKING:  # nothing heavy is imported until a command runs
     from .output import Options
     from .recipe import Recipe
     from .source import Source
+
+
+TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Choosing:
     align: bool = False
     calibrate: Path | None = None  # a text
     activations: Path | None = None  # what the experts see, instead of a text
-    tokens: int = 4096  # of the text
+    tokens: int | None = None  # of the text; None: TOKENS
 
     def __bool__(self) -> bool:
         return self != NOTHING
@@ -48,7 +52,9 @@ class Choosing:
             raise UsageError("--calibrate and --activations: expected one of the two; both say what the experts see")
         for path, option in ((self.calibrate, "--calibrate"), (self.activations, "--activations")):
             if path is not None and not path.is_file():
-                raise UsageError(f"{option} {path}: no such file")
+                raise UsageError(f"{option} {path}: {'expected a file' if path.exists() else 'no such file'}")
+        if self.tokens is not None and self.calibrate is None:
+            raise UsageError("--tokens: says how much of --calibrate's text is used; there is none")
         self.limit()
 
     def limit(self) -> "Limit | None":
@@ -59,12 +65,17 @@ class Choosing:
             return parse_budget(self.budget)
         return None if self.max_loss is None else most_error(self.max_loss)
 
-    @property
-    def ending(self) -> str | None:
-        """What a budget adds to a model's name; None: there is none."""
+    def inputs(self) -> list[Path]:
+        """Files that are read."""
+        return [path for path in (self.calibrate, self.activations) if path is not None]
+
+    def ending(self, of_recipe: str) -> str:
+        """What is added to a model's name: its recipe's own ending, or the budget's; and what was done to the experts."""
         if self.budget is not None:
-            return f"-ders-{''.join(self.budget.split())}"
-        return None if self.max_loss is None else f"-ders-loss{self.max_loss:g}"
+            of_recipe = f"-ders-{''.join(self.budget.split())}"
+        elif self.max_loss is not None:
+            of_recipe = f"-ders-loss{self.max_loss:g}"
+        return of_recipe + "-aligned" * self.align + "-calibrated" * bool(self.inputs())
 
 
 NOTHING = Choosing()  # the recipe says it all
@@ -84,20 +95,25 @@ def chosen(
         if not isinstance(source, DersSource):
             base = make_base(recipe.base, options.scratch)
             opened.callback(base.close)
+        limit, spent, activations, encoder = choosing.limit(), None, None, None
         if choosing:  # what takes minutes comes after what can be refused at once
             convert.prepare(source, recipe, out, options, base)
+            _refuse(source, recipe, choosing, limit)
+        if choosing.activations:
+            activations = opened.enter_context(_open(choosing.activations, source))
         if choosing.align:
             from .alignment import aligned_source
 
             source = aligned_source(source, options.jobs, options.quiet, base)
-        limit, spent, activations, encoder = choosing.limit(), None, None, None
-        if choosing.activations or (choosing.calibrate and not dry_run):  # a plan needs no run of the model
+        if choosing.calibrate and dry_run:
+            say("note: --dry-run does not run the model: errors and memory are those without --calibrate")
+        elif choosing.calibrate:
+            path = opened.enter_context(_collected(source, choosing, recipe.seed, options))
+            activations = opened.enter_context(_open(path, source))
+        if activations is not None:
             from .calibration import fits, make_encoder
 
-            activations = opened.enter_context(_activations(source, choosing, recipe.seed, options))
-            # a budget's recipe is not known yet, and its plans count what ders.json says of the encoder
-            fitted = recipe if limit is None else recipe.model_copy(update={"delta": "int4", "rules": ()})
-            encoder = make_encoder(source, fitted, activations, options.quiet)
+            encoder = make_encoder(source, _fitted(recipe, limit), activations, options.quiet)
         prepare = partial(convert.prepare, source, out=out, options=options, base=base, encoder=encoder)
         if limit is not None:
             from .budget.spend import spend
@@ -108,25 +124,47 @@ def chosen(
             )
             recipe = spent.recipe
             if encoder is not None and not fits(source, recipe):
+                say(
+                    "note: the budget's plan has nothing that is fitted: what the experts see decided which codecs, not codes"
+                )
                 prepare = partial(prepare, encoder=None)
         yield prepare(recipe), spent
 
 
+def _refuse(source: "Source", recipe: "Recipe", choosing: Choosing, limit: "Limit | None") -> None:
+    """Raise UsageError for what would only show after minutes."""
+    if limit is not None:
+        from .budget.spend import check
+
+        check(recipe, limit, choosing.candidates or None)
+    if choosing.inputs():
+        from .calibration import check_fits
+
+        check_fits(source, _fitted(recipe, limit))
+
+
+def _fitted(recipe: "Recipe", limit: "Limit | None") -> "Recipe":
+    """What an encoder is made for. A budget's recipe is not known yet, and its plans count what ders.json says of the encoder."""
+    return recipe if limit is None else recipe.model_copy(update={"delta": "int4", "rules": ()})
+
+
 @contextmanager
-def _activations(source: "Source", choosing: Choosing, seed: int, options: "Options") -> "Iterator[Activations]":
-    """What the experts see: of the file given, or of the text, which the model is run on."""
+def _collected(source: "Source", choosing: Choosing, seed: int, options: "Options") -> Iterator[Path]:
+    """A file of what the experts see of the text, which the model is run on."""
+    try:
+        from .hf.collect import collect
+    except ImportError as error:
+        raise DersError(f"--calibrate needs transformers: pip install 'ders-cli[hf]' ({error})") from None
+    with tempfile.TemporaryDirectory(prefix="ders-", dir=options.scratch) as folder:
+        path = Path(folder) / "activations.safetensors"
+        collect(source, choosing.calibrate, choosing.tokens or TOKENS, seed, path)
+        yield path
+
+
+@contextmanager
+def _open(path: Path, source: "Source") -> "Iterator[Activations]":
     from .activations import Activations
 
-    with ExitStack() as opened:
-        path = choosing.activations
-        if path is None:
-            try:
-                from .hf.collect import collect
-            except ImportError as error:
-                raise DersError(f"--calibrate needs transformers: pip install 'ders-cli[hf]' ({error})") from None
-            folder = opened.enter_context(tempfile.TemporaryDirectory(prefix="ders-", dir=options.scratch))
-            path = Path(folder) / "activations.safetensors"
-            collect(source, choosing.calibrate, choosing.tokens, seed, path)
-        activations = opened.enter_context(Activations(path))
+    with Activations(path) as activations:
         activations.check(source.groups)
         yield activations

@@ -33,10 +33,8 @@ def convert_command(
 
     choosing.check()
     recipe, ending = choose_recipe(fields, recipe_file)
-    ending = choosing.ending or ending
-    out, options = place_output(output, model, ending, run.options())
-    if recipe_file and Path(recipe_file).exists():
-        refuse_within(out, Path(recipe_file))
+    out, options = place_output(output, model, choosing.ending(ending), run.options())
+    refuse_within(out, *choosing.inputs(), *([Path(recipe_file)] if recipe_file and Path(recipe_file).exists() else []))
     document = convert_model(command, model, out, options, recipe, run, choosing)
     if run.as_json:
         print_json(document)

@@ -70,7 +70,10 @@ ACTIVATIONS = Annotated[
     Path | None,
     typer.Option("--activations", help="A safetensors file with what the experts see, instead of a text."),
 ]
-TOKENS = Annotated[int, typer.Option("--tokens", help="Tokens of the text to use.", min=1, max=1_000_000)]
+TOKENS = Annotated[
+    int | None,
+    typer.Option("--tokens", help="Tokens of --calibrate's text to use. Default: 4096.", min=1, max=1_000_000),
+]
 JSON = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 

@@ -27,11 +27,7 @@ def spend_ranks(
     quiet: bool,
     prepare: Prepare,
 ) -> Spent:
-    """As spend.spend. Raises UsageError where no rank can be told apart, and for an error as limit."""
-    if budget.kind == "error":
-        raise UsageError(
-            "--max-loss: low rank shrinks deltas, so no predicted error says what it costs; give it a --budget"
-        )
+    """As spend.spend, within bits or bytes. Raises UsageError where no rank can be told apart."""
     weights = sum(math.prod(group.shape) * len(group.members) for group in source.groups)
 
     def plan(choice: Choice) -> Plan:

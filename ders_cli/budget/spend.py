@@ -73,10 +73,8 @@ def spend(
     a recipe as it will be run, so that every byte counts; without it one of default options. Raises UsageError where the budget
     is below the smallest plan, or the error out of reach.
     """
-    if recipe.rules:
-        raise UsageError("a budget chooses every matrix's codec: leave the recipe's rules out")
+    codecs = check(recipe, budget, candidates)
     prepare, seed = prepare or _preparation(source, base, jobs), recipe.seed if seed is None else seed
-    codecs = [] if candidates and tuple(candidates) == (RANK,) else usable(candidates or CANDIDATES, recipe.group_size)
     prepare(with_plan(recipe, {}))  # what can be refused is refused before the pass
     if not codecs:
         return spend_ranks(source, base, recipe, budget, jobs, seed, quiet, prepare)
@@ -86,6 +84,19 @@ def spend(
     chosen = with_plan(recipe, _plan(cells, choice))
     predicted = _point(cells, choice.bytes, choice.cost) | {"folder_bytes": folder(choice)}
     return Spent(budget, chosen, choice, predicted, listed(source, chosen), _curve(cells), _uniform(cells, codecs))
+
+
+def check(recipe: Recipe, budget: Limit, candidates: Sequence[str] | None = None) -> list[DeltaCodec]:
+    """The candidates' codecs, none for ranks. Raises UsageError for what no model can be given."""
+    if recipe.rules:
+        raise UsageError("a budget chooses every matrix's codec: leave the recipe's rules out")
+    if not candidates or tuple(candidates) != (RANK,):
+        return usable(candidates or CANDIDATES, recipe.group_size)
+    if budget.kind == "error":
+        raise UsageError(
+            "--max-loss: low rank shrinks deltas, so no predicted error says what it costs; give it a --budget"
+        )
+    return []
 
 
 def usable(candidates: Sequence[str], group_size: int) -> list[DeltaCodec]:

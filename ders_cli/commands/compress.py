@@ -60,7 +60,7 @@ def compress(
     ] = False,
     calibrate: o.CALIBRATE = None,
     activations: o.ACTIVATIONS = None,
-    tokens: o.TOKENS = 4096,
+    tokens: o.TOKENS = None,
     output: o.OUTPUT = None,
     base: o.BASE = None,
     group_size: o.GROUP_SIZE = None,
@@ -103,11 +103,16 @@ def compress(
             else f"--batch {batch} and a MODEL: expected one of the two; a glob goes in quotes"
         )
     spends = budget is not None or max_loss is not None
-    choosing = Choosing(
-        budget, max_loss, tuple(delta.split(",")) if spends and delta else (), align, calibrate, activations, tokens
-    )
+    if spends and recipe is not None:
+        raise UsageError(
+            f"--recipe {recipe} and a budget: expected one of the two; --base, --group-size and --seed go with a budget"
+        )
+    candidates = tuple(delta.split(",")) if spends and delta is not None else ()
+    choosing = Choosing(budget, max_loss, candidates, align, calibrate, activations, tokens)
+    if spends or (delta is None and recipe is None):
+        delta = "int4"  # with a budget it only stands there until its own recipe is known
     fields = {
-        "delta": "int4" if recipe is None and (delta is None or spends) else None if spends else delta,
+        "delta": delta,
         "base": base,
         "group_size": group_size,
         "seed": seed,
@@ -120,7 +125,7 @@ def compress(
         return convert_command("compress", model, output, fields, recipe, run, choosing)
     if choosing:
         raise UsageError(
-            "--batch takes no --budget, --max-loss, --align, --calibrate or --activations: each is of one model"
+            "--batch takes no --budget, --max-loss, --align, --calibrate, --activations or --tokens: each is of one model"
         )
     from ..batch import run_batch
 

@@ -19,7 +19,7 @@ def quantize(
     shared: o.SHARED = False,
     calibrate: o.CALIBRATE = None,
     activations: o.ACTIVATIONS = None,
-    tokens: o.TOKENS = 4096,
+    tokens: o.TOKENS = None,
     jobs: o.JOBS = None,
     max_memory: o.MAX_MEMORY = None,
     max_shard_size: o.SHARD_SIZE = "5GB",

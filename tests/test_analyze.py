@@ -15,7 +15,7 @@ from torch import Tensor
 from ders_cli.analysis.noise import NoiseFound
 from ders_cli.analysis.recommend import BOUND, LIGHT, BaseFound, Cost, recommend
 from ders_cli.analysis.verdict import GroupFacts, in_ranges, judge
-from ders_cli.report_document import check_report
+from ders_cli.reports.document import check_report
 
 HIDDEN, INNER = 64, 96
 SHAPES = {"w1": (INNER, HIDDEN), "w3": (INNER, HIDDEN), "w2": (HIDDEN, INNER)}

@@ -10,7 +10,7 @@ import toy
 from command import ders, done
 from report_documents import EVIL, analysis, conversion
 
-from ders_cli.report_differences import Change, differences
+from ders_cli.reports.differences import Change, differences
 
 ANALYSIS, CONVERSION = analysis(3, 4), conversion(3, 4)
 

@@ -26,7 +26,7 @@ from ders_cli.pictures.plot import write_plot
 from ders_cli.pictures.quantities import terms_by_size
 from ders_cli.pictures.standouts import standouts
 from ders_cli.report import bar
-from ders_cli.report_view import print_document
+from ders_cli.reports.show import print_document
 
 MADE = {"analysis": analysis(3, 4), "conversion": conversion(3, 4)}
 MOST_BYTES = 5_000_000

@@ -12,7 +12,7 @@ from command import ROOT, ders, done
 from jsonschema import Draft202012Validator
 
 from ders_cli.errors import UsageError
-from ders_cli.report_document import check_report, json_schema, read_report
+from ders_cli.reports.document import check_report, json_schema, read_report
 
 PUBLISHED = ROOT / "docs" / "report-schema.json"
 MADE = {"analysis": report_documents.analysis(2, 3), "conversion": report_documents.conversion(2, 3)}
@@ -40,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_published_schema_is_the_one_in_use() -> None:
-    """To write it anew: python -c "import json; from ders_cli.report_document import *; print(json.dumps(json_schema(), indent=1))" """
+    """To write it anew: python -c "import json; from ders_cli.reports.document import *; print(json.dumps(json_schema(), indent=1))" """
     assert json.loads(PUBLISHED.read_text()) == json_schema()
 
 

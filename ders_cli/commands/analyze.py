@@ -63,7 +63,7 @@ def analyze(
     from ..analysis.analyze import TERMS, Asked
     from ..analysis.analyze import analyze as action
     from ..report import print_json
-    from ..report_view import print_document
+    from ..reports.show import print_document
     from ..source import open_source
 
     if text is not None and activations is not None:

@@ -28,10 +28,10 @@ def diff(
 
         ders diff analysis.json mixtral-ders-int4
     """
-    from ..conversion_report import open_report
-    from ..difference_report import print_differences
     from ..report import print_json
-    from ..report_differences import differences
+    from ..reports.conversion import open_report
+    from ..reports.differences import differences
+    from ..reports.show_differences import print_differences
 
     found = differences(open_report(a, scratch), open_report(b, scratch))
     if as_json:

@@ -37,9 +37,9 @@ def report(
 
         ders report mixtral-ders-int4 --json > conversion.json
     """
-    from ..conversion_report import open_report
     from ..report import print_json
-    from ..report_view import print_document
+    from ..reports.conversion import open_report
+    from ..reports.show import print_document
 
     document = open_report(report, scratch)
     written = write_pictures(document, html, plot)

@@ -3,8 +3,8 @@
 from collections import Counter
 from typing import Any
 
-from .report import human_bytes, print_table, visible
-from .report_differences import Change, Differences
+from ..report import human_bytes, print_table, visible
+from .differences import Change, Differences
 
 SHOWN = 12  # lines of a table; --all and --json have every one
 

@@ -7,12 +7,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .codecs.mixed import family_of
-from .errors import CheckpointError, UsageError
-from .layouts import ExpertGroup
-from .remote.address import is_remote, local_path
-from .report_document import SCHEMA, check_report, read_report
-from .source import DersSource, open_source
+from ..codecs.mixed import family_of
+from ..errors import CheckpointError, UsageError
+from ..layouts import ExpertGroup
+from ..remote.address import is_remote, local_path
+from ..source import DersSource, open_source
+from .document import SCHEMA, check_report, read_report
 
 SIZES = ("experts", "base", "delta", "weights", "bits_per_delta_weight")
 ERRORS = ("weight", "delta", "kept", "max_abs", "cosine")

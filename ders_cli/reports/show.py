@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from .pictures.quantities import PROJECTIONS, QUANTITIES, terms_by_size
-from .pictures.standouts import standouts
-from .report import bar, finite, human_bytes, print_table, visible
+from ..pictures.quantities import PROJECTIONS, QUANTITIES, terms_by_size
+from ..pictures.standouts import standouts
+from ..report import bar, finite, human_bytes, print_table, visible
 
 SHOWN = 8  # groups that stand out; --json and --html have more
 

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .checkpoint.files import read_small
-from .checkpoint.json_text import parse_json, refuse_depth
-from .checkpoint.reader import MAX_JSON_BYTES
-from .errors import CheckpointError, UsageError
+from ..checkpoint.files import read_small
+from ..checkpoint.json_text import parse_json, refuse_depth
+from ..checkpoint.reader import MAX_JSON_BYTES
+from ..errors import CheckpointError, UsageError
 
 SCHEMA = 1
 KINDS = ("analysis", "conversion")

@@ -9,6 +9,7 @@ import toy
 from command import ders, done
 
 from ders_cli.activations import write_activations
+from ders_cli.checkpoint.manifest import write_file
 from ders_cli.choosing import Choosing
 from ders_cli.source import open_source
 
@@ -64,6 +65,10 @@ def test_refused_before_the_model_runs(model: Path, text: Path, arguments: list[
         (["--budget", "1bpw", "--max-loss", "0.1"], "--budget and --max-loss: expected one of the two"),
         (["--budget", "1bpw", "--recipe", "onebit"], "--recipe onebit and a budget: expected one of the two"),
         (["--budget", "much"], "--budget 'much': expected bits per delta weight"),
+        (["--budget", "9" * 20 + "TB"], "expected bits per delta weight"),
+        (["--budget", "1" * 400 + "bpw"], "expected bits per delta weight"),
+        (["--budget", "10001bpw"], "expected bits per delta weight"),
+        (["--max-loss", "1e300"], "--max-loss 1e+300: expected a relative error"),
         (["--max-loss", "nan"], "--max-loss nan: expected a relative error"),
         (["--tokens", "5"], "--tokens: says how much of --calibrate's text is used"),
         (["--calibrate", "nothing.txt"], "--calibrate nothing.txt: no such file"),
@@ -115,3 +120,10 @@ def test_a_plan_of_which_nothing_is_fitted_says_so(model: Path, seen: Path, tmp_
     assert "nothing that is fitted" in ran.err
     fitted = done("compress", model, "--budget", "5bpw", "--delta", "int4", "--activations", seen, "-o", tmp_path / "o")
     assert "nothing that is fitted" not in fitted.err
+
+
+def test_a_recipe_where_a_folder_stands(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_file(tmp_path / "folder", b"delta: int4\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

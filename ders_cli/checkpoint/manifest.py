@@ -110,7 +110,11 @@ def write_file(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        os.replace(partial, path)
+    except OSError:  # a folder has the name
+        partial.unlink()
+        raise
 
 
 def is_ders(folder: Path) -> bool:

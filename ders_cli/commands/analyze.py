@@ -7,6 +7,7 @@ import typer
 
 from .. import options as o
 from ..errors import UsageError
+from ..report import say
 from .report import write_pictures
 
 
@@ -87,6 +88,8 @@ def analyze(
         document = action(source, asked)
     if write_recipe is not None:
         _write_recipe(document["recommended"], write_recipe)
+        if document["verdict"]["kind"] == "permuted" and document["recommended"]["recipe"]:
+            say(f"note: {write_recipe} goes with --align, which is no part of a recipe")
     write_pictures(document, html, plot)
     if as_json:
         print_json(document)
@@ -100,7 +103,6 @@ def _write_recipe(recommended: dict[str, Any], path: Path) -> None:
     import yaml
 
     from ..checkpoint.manifest import write_file
-    from ..report import say
 
     if recommended["recipe"] is None:
         say(f"note: {path} is not written: {recommended['says']}")

@@ -20,7 +20,7 @@ import numpy as np
 from blake3 import blake3
 from ders_kernels.cpu_ops import floats
 
-from .checkpoint.files import named, of_file, open_regular, read_at
+from .checkpoint.files import Stamp, named, of_file, open_regular, read_at
 from .checkpoint.reader import header_of
 from .checkpoint.tensor import FLOATS, STORAGE, TensorSpec
 from .checkpoint.writer import header_text
@@ -86,8 +86,9 @@ class Activations:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Raises DersError where the file is not there, or not the one that was opened."""
         self.__dict__.update(state)
-        self._handle, now = open_regular(self.path, f"{WHAT} that other machines open too")
-        if what := self._stamp.difference(now, same_node=False):
+        began = self._stamp
+        self._handle, self._stamp = open_regular(self.path, f"{WHAT} that other machines open too")
+        if what := began.difference(self._stamp, same_node=False):
             self.close()
             raise DersError(f"{self.path}: {what} since it was opened")
 
@@ -139,7 +140,7 @@ class Activations:
         chosen = self._read(f"{prefix}.chosen")
         if chosen is not None:
             self._check_chosen(prefix, chosen, sum(label.isdecimal() for label in experts), of_slice)
-            chosen, gates = chosen.astype(np.int64), self._floats(f"{prefix}.gates")
+            chosen, gates = chosen.astype(np.int64), self._gates(prefix)
         return LayerActivations(states, chosen, gates)
 
     def _check_chosen(self, prefix: str, chosen: np.ndarray, count: int, of_slice: bool) -> None:
@@ -148,6 +149,15 @@ class Activations:
             raise CheckpointError(
                 f"{self.path}: {prefix}.chosen: expert {least if least < 0 else most}; the layer has 0 ... {count - 1}"
             )
+
+    def check_unchanged(self) -> None:
+        """Raise DersError if the file is not what it was when it was opened."""
+        try:
+            what = self._stamp.difference(Stamp.of(self.path.stat()))
+        except FileNotFoundError:
+            what = "vanished"
+        if what:
+            raise DersError(f"{self.path}: {what} since it was opened; run again (--overwrite) when it stands still")
 
     def hash(self) -> str:
         """BLAKE3 of the whole file."""
@@ -163,7 +173,7 @@ class Activations:
         if f"{prefix}.chosen" not in self._tensors or not label.isdecimal():
             return 1.0, 1.0
         mine = self._read(f"{prefix}.chosen") == int(label)
-        gates = self._floats(f"{prefix}.gates")
+        gates = self._gates(prefix)
         weight = mine.any(axis=1) if gates is None else np.where(mine, gates, np.float32(0)).sum(axis=1)
         return float(mine.any(axis=1).mean()), float(np.mean(weight, dtype=np.float64))
 
@@ -182,6 +192,13 @@ class Activations:
                 raise CheckpointError(f"{self.path}: ends inside {name}; it shrank while being read")
             view, at = view[got:], at + got
         return out
+
+    def _gates(self, prefix: str) -> np.ndarray | None:
+        """fp32 [T, k], none of them negative."""
+        gates = self._floats(f"{prefix}.gates")
+        if gates is not None and (least := gates.min()) < 0:
+            raise CheckpointError(f"{self.path}: {prefix}.gates: {least}; expected shares of the outputs, 0 or more")
+        return gates
 
     def _floats(self, name: str) -> np.ndarray | None:
         """fp32 values, all of them finite."""

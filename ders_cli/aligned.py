@@ -9,11 +9,13 @@ as any other. Only who wants the original's files needs the orders: they are kep
 named in ders.json under `aligned` (docs/format.md, section 7). alignment.py finds them.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from .base import MEAN_BYTES
 from .checkpoint.tensor import STORAGE, TensorSpec
 from .errors import CheckpointError, UnsupportedError, UsageError
 from .layouts import ExpertGroup, MatrixView
@@ -86,11 +88,31 @@ class AlignedSource(Source):
             return self._source.read(group, member, rows).take(order, axis=1)
         view, wanted = group.members[member][1], order[rows]
         row_bytes = view.shape[1] * STORAGE[group.dtype].itemsize
-        if view.column_stride != 1 or wanted.size * READ_BYTES >= view.shape[0] * row_bytes:
+        if view.column_stride != 1:
+            return self._read_columns(view, group.dtype, wanted)
+        if wanted.size * READ_BYTES >= view.shape[0] * row_bytes:
             return self._source.read(group, member, slice(0, view.shape[0]))[wanted]
         if rows.start == 0:
             self._read_through(view, group.dtype)
         return self._read_rows(view, group.dtype, wanted)
+
+    def chunk_rows(self, group: ExpertGroup) -> int | None:
+        """Of matrices that the file has transposed all is read, whatever rows are wanted: as many rows of all experts as fit
+        MEAN_BYTES, with the two copies that reading one makes."""
+        moved = self.orders.get(layer_of(group), {})
+        if group.projection == "down" or all(v.column_stride == 1 for label, v in group.members if label in moved):
+            return None
+        row_bytes = group.shape[1] * STORAGE[group.dtype].itemsize
+        return max(1, min(group.shape[0], MEAN_BYTES // (row_bytes * (len(group.members) + 2))))
+
+    def _read_columns(self, view: MatrixView, dtype: str, wanted: np.ndarray) -> np.ndarray:
+        """Rows of a transposed matrix: each input column is read as a whole, and what is wanted of it kept."""
+        out = np.empty((view.shape[1], wanted.size), STORAGE[dtype])
+        column, places = np.empty((view.shape[0] - 1) * view.row_stride + 1, out.dtype), wanted * view.row_stride
+        for number, line in enumerate(out):
+            self.reader.read_bytes(view.tensor, (view.offset + number * view.column_stride) * out.itemsize, column)
+            line[:] = column[places]
+        return np.ascontiguousarray(out.T)
 
     def _read_through(self, view: MatrixView, dtype: str) -> None:
         """Read a matrix from front to back, for the kernel's cache: single rows would come from a disk one by one."""
@@ -150,9 +172,11 @@ def orders_of(source: Source) -> Orders:
     if isinstance(source, AlignedSource):
         return source.orders
     layers = {f"{layer_of(group)}{ORDER}" for group in source.groups}
-    for name in source.aligned:
+    for name, times in Counter(source.aligned).items():
         if name not in layers:
             raise CheckpointError(f"ders.json: aligned: {name:.200}: expected LAYER{ORDER} of a layer with experts")
+        if times > 1:
+            raise CheckpointError(f"ders.json: aligned: {name}: {times} times; expected once")
     orders: Orders = {}
     for group in source.groups:
         table = order_of(source, group)
@@ -160,6 +184,17 @@ def orders_of(source: Source) -> Orders:
             own = zip(group.members, table, strict=True)
             orders[layer_of(group)] = {label: order for (label, _), order in own if not is_identity(order)}
     return {layer: own for layer, own in orders.items() if own}
+
+
+def original_place(source: Source, group: ExpertGroup, member: int, row: int, column: int) -> tuple[int, int]:
+    """Where the original has the element [row, column] of an expert."""
+    if isinstance(source, AlignedSource):
+        order = source.order(group, group.members[member][0])
+    elif (table := order_of(source, group)) is not None:
+        order = table[member]
+    else:
+        return row, column
+    return (row, int(order[column])) if group.projection == "down" else (int(order[row]), column)
 
 
 def put_back(original: np.ndarray, projection: str, order: np.ndarray, rows: slice, block: np.ndarray) -> None:

@@ -56,6 +56,10 @@ class CalibratedEncoder:
         states = 12 * tokens * (in_ + out) if group.projection == "down" else 12 * tokens * in_
         return 48 * out * in_ + 24 * in_**2 + states
 
+    def check_unchanged(self) -> None:
+        """Raise DersError if the file of activations is not what it was when it was opened."""
+        self._activations.check_unchanged()
+
     def encode(
         self,
         group: ExpertGroup,

@@ -103,14 +103,15 @@ def compare_layer(
 
 
 def _blocks(tested: Source, reference: Source, group: ExpertGroup, other: ExpertGroup) -> Iterator[slice]:
-    """Row blocks that suit both: a lossless stream's own chunks if there is one."""
-    for source, its in ((tested, group), (reference, other)):
+    """Row blocks that suit both: a lossless stream's own chunks if there is one, several where others are better read so."""
+    row_bytes, chunk = TensorSpec((1, group.shape[1]), group.dtype).nbytes * len(other.members), 0
+    step = max(1, min(BLOCK_WEIGHTS // max(1, group.shape[1]), MEAN_BYTES // max(1, row_bytes)))
+    for source, its in ((reference, other), (tested, group)):
         if isinstance(source, DersSource) and source.codecs[its.name].lossless:
-            return source.blocks(its)
-    row_bytes = TensorSpec((1, group.shape[1]), group.dtype).nbytes * len(other.members)
-    return row_blocks(
-        group.shape, max(1, min(BLOCK_WEIGHTS // max(1, group.shape[1]), MEAN_BYTES // max(1, row_bytes)))
-    )
+            step = source.chunk_rows(its)
+        elif isinstance(source, AlignedSource):
+            chunk = source.chunk_rows(its) or 0
+    return row_blocks(group.shape, max(step, chunk // step * step))
 
 
 def _compare_group(
@@ -126,6 +127,7 @@ def _compare_group(
     own, its = {label: blake3() for *_, label in pairs}, {label: blake3() for *_, label in pairs}
     differences = {label: Differences() for *_, label in pairs}
     zero, first_bad = dict.fromkeys(differences, True), {}
+    own_sum, its_sum = dict.fromkeys(differences, 0), dict.fromkeys(differences, 0)
     for rows in _blocks(tested, reference, group, other):
         held = None
         if isinstance(tested, DersSource):
@@ -142,6 +144,8 @@ def _compare_group(
             theirs = held[j] if held else reference.read(other, j, rows)
             own[label].update(bits.reshape(-1).view(np.uint8))
             its[label].update(theirs.reshape(-1).view(np.uint8))
+            own_sum[label] += int(bits.sum(dtype=np.uint64))
+            its_sum[label] += int(theirs.sum(dtype=np.uint64))
             finite = differences[label].add(theirs, bits, base, group.dtype)
             if not finite and (bad := floats.first_nonfinite(floats.widen(bits, group.dtype))) >= 0:
                 first_bad.setdefault(label, (rows.start + bad // bits.shape[1], bad % bits.shape[1]))
@@ -162,18 +166,21 @@ def _compare_group(
             differences[label].errors(),
         )
         if matched.hash != matched.reference_hash:
+            alike = [name for name, total in its_sum.items() if total == own_sum[label]]
             matched.diagnosis = _diagnose(
-                tested, reference, group, other, i, j, matched, labels, zero[label], first_bad.get(label)
+                tested, reference, group, other, i, j, matched, labels, alike, zero[label], first_bad.get(label)
             )
         found.append(matched)
     return found
 
 
-def _diagnose(tested, reference, group, other, i, j, matched: Matched, labels: dict[str, str], zero: bool, bad) -> str:
-    """What a difference looks like. `labels`: {hash: the reference's expert that has it}."""
+def _diagnose(
+    tested, reference, group, other, i, j, matched: Matched, labels: dict[str, str], alike: list[str], zero: bool, bad
+) -> str:
+    """What a difference looks like. `labels`: {hash: the reference's expert that has it}; `alike`: those of the same sum."""
     if bad is not None:
         return f"NaN or infinity at [{bad[0]}, {bad[1]}]"
-    if holds := labels.get(matched.hash) or _reordered(tested, reference, group, other, i, matched, labels):
+    if holds := labels.get(matched.hash) or _reordered(tested, reference, group, other, i, matched, labels, alike):
         return f"holds the reference's expert {holds}"
     if zero:
         return "is all zeros"
@@ -183,15 +190,17 @@ def _diagnose(tested, reference, group, other, i, j, matched: Matched, labels: d
     return ""
 
 
-def _reordered(tested, reference, group, other, i, matched: Matched, labels: dict[str, str]) -> str | None:
+def _reordered(
+    tested, reference, group, other, i, matched: Matched, labels: dict[str, str], alike: list[str]
+) -> str | None:
     """As `labels` says, where one checkpoint was read in the other's order: each expert in its own, so a swapped one in a
-    stranger's."""
+    stranger's. In any order it has the same sum of bits, so only experts `alike` in that are read again."""
     if isinstance(reference, AlignedSource):
         order = reference.order(other, matched.label)
-        members = enumerate(other.members)
-        return next((label for j, (label, _) in members if _hash_in(reference, other, j, order) == matched.hash), None)
+        members = [(j, label) for j, (label, _) in enumerate(other.members) if label in alike]
+        return next((label for j, label in members if _hash_in(reference, other, j, order) == matched.hash), None)
     if isinstance(tested, AlignedSource):
-        held = ((label, _hash_in(tested, group, i, tested.order(group, label))) for label, _ in other.members)
+        held = ((label, _hash_in(tested, group, i, tested.order(group, label))) for label in alike)
         return next((label for label, digest in held if labels.get(digest) == label), None)
     return None
 
@@ -272,4 +281,6 @@ def activate(x: np.ndarray, name: str) -> np.ndarray:
         return (x * 0.5 * (1 + np.vectorize(math.erf, otypes=[np.float32])(x / math.sqrt(2)))).astype(np.float32)
     if name in ("relu", "relu2"):
         return np.maximum(x, 0) ** (2 if name == "relu2" else 1)
-    raise CheckpointError(f"config.json: activation {name!r} is not one that verify can compute; use --no-output")
+    raise CheckpointError(
+        f"config.json: activation {name!r:.40} is not one that ders can compute outputs with; `ders verify` takes --no-output"
+    )

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import __version__
+from .aligned import orders_of
 from .base import Base, DenseBase, make_base
 from .carried import carried_hashes, check_carried, copy_carried
 from .checkpoint.manifest import MANIFEST, file_names, index_text, manifest_text, read_manifest, write_file
@@ -66,6 +67,8 @@ class Conversion:
         self.source.check_unchanged()
         if self.base is not None:
             self.base.check_unchanged()
+        if self.encoder is not None:
+            self.encoder.check_unchanged()
 
     def totals(self) -> dict[str, Any]:
         """Bytes in and out. `exact`: the output will have just these bytes; else they are an upper bound."""
@@ -123,6 +126,7 @@ def _prepared(
                 f"{source.reader.address}: was decomposed with base {kept['base']}; --base and --shared go with the original model"
             )
         recipe = recipe.model_copy(update={"base": kept["base"], "shared": kept["shared"]})
+        orders_of(source)  # each of them is one
     quantised = source.reader.config.get("quantization_config")
     method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
     if method not in (None, "ders"):
@@ -158,7 +162,7 @@ def run(conversion: Conversion) -> dict[str, Any]:
     check_space(conversion.out, conversion.totals()["output_bytes"] - plan.stream_bound, options)
     codecs = json.dumps([unit.codec.config for unit in plan.units])  # a source may have a say in them
     mark = fingerprint(source, conversion.recipe, options, conversion.base)
-    mark["form"] = hashlib.sha256(codecs.encode()).hexdigest()
+    mark["codecs"] = hashlib.sha256(codecs.encode()).hexdigest()
     mark["calibration"] = json.dumps(conversion.calibration, sort_keys=True)
     conversion.check_unchanged()  # so the mark is of what was opened
     with begin(conversion.out, options, mark) as folder:
@@ -216,7 +220,7 @@ def fingerprint(source: Source, recipe: Recipe, options: Options, base: Base | N
         "source": files | {"headers": hashlib.sha256(repr(headers).encode()).hexdigest()},
         "shard size": str(options.max_shard_bytes),
         "upcycling": json.dumps(source.upcycling),
-        "aligned": _orders_digest(source),
+        "order of neurons (--align)": _orders_digest(source),
     }
 
 

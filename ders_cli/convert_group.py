@@ -15,6 +15,7 @@ from blake3 import blake3
 from ders_kernels.counter_rng import make_key
 from ders_kernels.cpu_ops import floats
 
+from .aligned import AlignedSource, original_place
 from .base import MEAN_BYTES, Base, MeanBase
 from .checkpoint.files import of_file
 from .checkpoint.tensor import TensorSpec
@@ -58,6 +59,9 @@ class Encoder(Protocol):
 
     def memory(self, codec: DeltaCodec, group: ExpertGroup) -> int:
         """Bytes that `encode` takes at once, beside the rows that it is given."""
+
+    def check_unchanged(self) -> None:
+        """Raise DersError if a file that it reads is not what it was when it was opened."""
 
 
 @dataclass
@@ -144,7 +148,7 @@ def _coded(
         if parts is None:
             parts = codec.encode_expert(bits, base, group.dtype, key, block.start)
     except NonFiniteError as error:
-        raise _name_nonfinite(error, group, block, read) from None
+        raise _name_nonfinite(error, source, group, block, read) from None
     return bits, parts, None if codec.lossless else codec.decode_expert(parts, base, group.dtype, key, block.start)
 
 
@@ -181,10 +185,17 @@ def _block_rows(group: ExpertGroup) -> int:
 
 
 def _common_rows(source: Source, unit: Unit, encoder: Encoder | None) -> int:
-    """Rows for which the base is made at once: whole blocks of every codec, and whole chunks of the source."""
+    """Rows for which the base is made at once: whole blocks of every codec, and whole chunks of the source.
+
+    An aligned source's chunks may be any rows: whole blocks of every codec, as many as one of them has.
+    """
     codecs = [family.codec for family in families(unit.codec, len(unit.group.members))]
-    wanted = [_together(codec, unit.group, encoder) for codec in codecs] + [source.chunk_rows(unit.group)]
-    known = [rows for rows in wanted if rows is not None]
+    chunk = source.chunk_rows(unit.group)
+    known = [rows for codec in codecs if (rows := _together(codec, unit.group, encoder)) is not None]
+    if chunk is not None and isinstance(source, AlignedSource):
+        rows = math.lcm(*known)
+        return max(rows, chunk // rows * rows)
+    known += [chunk] if chunk is not None else []
     return math.lcm(*known) if known else _block_rows(unit.group)
 
 
@@ -235,7 +246,7 @@ def _base_rows(source: Source, base_of: Base | None, group: ExpertGroup, rows: s
     if base_of is None:
         assert isinstance(source, DersSource)
         return source.read_base(group, rows)
-    step = _block_rows(group) if isinstance(base_of, MeanBase) else rows.stop - rows.start
+    step = source.chunk_rows(group) or _block_rows(group) if isinstance(base_of, MeanBase) else rows.stop - rows.start
     if step >= rows.stop - rows.start:
         return base_of.rows(group, rows, read)
     starts = range(rows.start, rows.stop, step)
@@ -263,13 +274,16 @@ def _write_chunk(
         stream.write(chunk)
 
 
-def _name_nonfinite(error: NonFiniteError, group: ExpertGroup, block: slice, read: ReadRows) -> CheckpointError:
+def _name_nonfinite(
+    error: NonFiniteError, source: Source, group: ExpertGroup, block: slice, read: ReadRows
+) -> CheckpointError:
     """Whose NaN or infinity it is: an expert's, or the base's."""
     for i, (_, view) in enumerate(group.members):
         value = floats.widen(read(i, block)[error.row - block.start, error.column : error.column + 1], group.dtype)[0]
         if not np.isfinite(value):
+            row, column = original_place(source, group, i, error.row, error.column)
             return CheckpointError(
-                f"{view.tensor}: {value} at [{error.row}, {error.column}] of expert {group.members[i][0]}'s "
+                f"{view.tensor}: {value} at [{row}, {column}] of expert {group.members[i][0]}'s "
                 f"{group.projection} matrix {list(group.shape)}; only --delta exact keeps such values"
             )
     return CheckpointError(

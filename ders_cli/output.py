@@ -238,9 +238,15 @@ def _differences(found: dict[str, Any], now: dict[str, Any]) -> str:
         words.append(key)
         if isinstance(old, dict) and isinstance(value, dict):
             names = [name for name in {**old, **value} if old.get(name) != value.get(name)]
-            shown = [f"{name}: {old.get(name)}, now {value.get(name)}" for name in names[:3]]
+            shown = [f"{name}: {_cut(old.get(name))}, now {_cut(value.get(name))}" for name in names[:3]]
             words[-1] += f" ({'; '.join(shown)}{' ...' * (len(names) > 3)})"
     return " and ".join(words)
+
+
+def _cut(value: Any) -> str:
+    """As text of 80 characters at most."""
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
 def _clear(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,7 @@ BROKEN = {
     "expert below 0": (whole(chosen=torch.full((5, 2), -1)), "expert -1; the layer has 0 ... 2"),
     "a NaN": (whole(states=torch.full((5, 4), float("nan"))), "nan at [0, 0]"),
     "an infinite gate": (whole(gates=torch.full((5, 2), float("inf"))), "inf at [0, 0]"),
+    "a gate below 0": (whole(gates=torch.full((5, 2), -0.5)), "-0.5; expected shares of the outputs"),
 }
 
 
@@ -124,8 +126,10 @@ def test_another_process_opens_it_anew(tmp_path: Path) -> None:
     path = write(tmp_path / "a", **whole())
     with Activations(path) as found:
         copy = pickle.dumps(found)
+    shutil.copy2(path, tmp_path / "b").replace(path)  # as another node may number its files
     with pickle.loads(copy) as again:
         assert len(again.layer(P, LABELS).states) == 5
+        again.check_unchanged()
     write(path, **whole(gates=None))
     with pytest.raises(DersError, match="went from"):
         pickle.loads(copy)

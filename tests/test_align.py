@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -16,13 +17,13 @@ from command import contents, ders, done
 from independent_reader import read_experts, read_tensors
 from safetensors.torch import load_file, save_file
 
-from ders_cli import aligned, alignment, convert
+from ders_cli import aligned, alignment, compare, convert, convert_group
 from ders_cli.aligned import AlignedSource
 from ders_cli.alignment import Neurons, NeuronSketch, NeuronSketches, aligned_source, find_orders, match
 from ders_cli.analysis.blocks import layers_of, observe_layer
 from ders_cli.base import MeanBase, make_base
 from ders_cli.checkpoint.manifest import manifest_text
-from ders_cli.checkpoint.reader import read_view
+from ders_cli.checkpoint.reader import CheckpointReader, read_view
 from ders_cli.errors import CheckpointError, UnsupportedError, UsageError
 from ders_cli.layouts import ExpertGroup, MatrixView
 from ders_cli.output import Options
@@ -560,7 +561,7 @@ def test_an_interrupted_run_is_of_its_orders(permuted: Path, tmp_path: Path) -> 
         plain, own = (
             convert.fingerprint(s, make_recipe({"delta": "int4"}), Options(), MeanBase()) for s in (source, chosen)
         )
-    assert {key for key in own if own[key] != plain[key]} == {"aligned"}
+    assert {key for key in own if own[key] != plain[key]} == {"order of neurons (--align)"}
 
 
 def test_names_that_are_taken(permuted: Path, tmp_path: Path) -> None:
@@ -606,6 +607,7 @@ HOSTILE: dict[str, tuple[Callable[[dict, dict], None], str]] = {
     "missing": (lambda d, t: t.__delitem__(ORDER), "no such tensor"),
     "of no layer": (lambda d, t: d["aligned"].append("model.layers.7.order"), "expected LAYER.order"),
     "another tensor": (lambda d, t: d["aligned"].append("lm_head.weight"), "expected LAYER.order"),
+    "twice": (lambda d, t: d["aligned"].append(ORDER), "order: 2 times; expected once"),
     "no list": (lambda d, t: d.update(aligned=3), "aligned: Input should be a valid list"),
     "no names": (lambda d, t: d.update(aligned=[[]]), "aligned.0: Input should be a valid string"),
 }
@@ -616,7 +618,8 @@ def test_hostile_orders(packed: Path, tmp_path: Path, what: str) -> None:
     """One sentence and exit code 4, before anything is written; never a file of other bytes."""
     change, sentence = HOSTILE[what]
     bad = _rewrite(packed, tmp_path / "bad", change)
-    for command in (("restore", bad, "-o", tmp_path / "again"), ("verify", bad)):
+    again = ("-o", tmp_path / "again")
+    for command in (("restore", bad, *again), ("verify", bad), ("compress", bad, "--delta", "int4", *again)):
         ran = ders(*command)
         assert (ran.code, ran.err.count("\n")) == (4, 1), (ran.code, ran.err)
         with pytest.raises(CheckpointError, match=sentence):
@@ -659,6 +662,96 @@ def test_swapped_experts_are_named(permuted: Path, packed: Path, tmp_path: Path,
     assert ran.code == 3 and len(said) == 2, ran.out
     for label, held in (("1", "2"), ("2", "1")):
         assert f"holds the reference's expert {held}" in said[f"model.layers.0.mlp.experts.up_proj, expert {label}"]
+
+
+def test_lossy_experts_are_compared_by_reading_each_once(
+    permuted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No decoded hash is the original's, but the sum of an expert's bits says in any order that it is no other one."""
+    packed, asked = compress(permuted, tmp_path / "int4", "int4"), []
+    read = AlignedSource.read_in
+
+    def counted(self: AlignedSource, group: ExpertGroup, member: int, *more) -> np.ndarray:
+        asked.append((group.name, member))
+        return read(self, group, member, *more)
+
+    monkeypatch.setattr(AlignedSource, "read_in", counted)
+    done("verify", packed, "--against", permuted)
+    assert len(asked) == len(set(asked)) == 2 * 3 * 2  # layers, projections, experts in another order
+    asked.clear()
+    assert ders("verify", permuted, "--against", packed).code in (0, 3)
+    assert len(asked) == len(set(asked)) == 2 * 3 * 2
+
+
+# --- transposed matrices, of which all is read for any rows
+
+
+@pytest.fixture(scope="module")
+def transposed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("transposed") / "model"
+    toy.make("llama4_text", folder, fused=True, dtype=torch.bfloat16)
+    shuffle(folder)
+    return folder
+
+
+def test_transposed_matrices_are_read_once(transposed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small the blocks are, as long as all experts' rows fit in memory."""
+    for module in (convert_group, compare):
+        monkeypatch.setattr(module, "BLOCK_WEIGHTS", 64)
+    read, count = CheckpointReader.read_bytes, Counter()
+
+    def counted(self: CheckpointReader, name: str, at: int, out: np.ndarray) -> None:
+        if self.folder == transposed:
+            count[name] += out.nbytes
+        read(self, name, at, out)
+
+    with open_source(transposed) as source:
+        chosen = aligned_source(source, 1, True)
+        assert isinstance(chosen, AlignedSource)
+        conversion = convert.prepare(chosen, make_recipe({"delta": "int4"}), tmp_path / "out", Options())
+        monkeypatch.setattr(CheckpointReader, "read_bytes", counted)
+        convert.run(conversion)
+        matrices = {view.tensor for group in chosen.groups for _, view in group.members}
+        expected = {name: chosen.reader.tensors[name].nbytes for name in matrices}
+    assert {name: count[name] for name in matrices} == expected
+    count.clear()
+    done("verify", tmp_path / "out", "--against", transposed)
+    assert {name: count[name] for name in matrices} == expected
+
+
+@pytest.mark.parametrize("delta", ["int4", "exact", "rank2"])
+@pytest.mark.parametrize("most", [1, 4000, 20000])
+def test_transposed_matrices_in_any_chunks(
+    transposed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, delta: str, most: int
+) -> None:
+    expected = compress(transposed, tmp_path / "expected", delta)
+    for module in (aligned, convert_group, compare):
+        monkeypatch.setattr(module, "MEAN_BYTES", most)
+    monkeypatch.setattr(convert_group, "BLOCK_WEIGHTS", 200)
+    out = compress(transposed, tmp_path / "out", delta)
+    tensors, its = (load_file(folder / "model.safetensors") for folder in (out, expected))
+    assert all(torch.equal(tensors[name], its[name]) for name in {**tensors, **its})
+    done("verify", out, "--against", transposed)
+
+
+# --- faults are named as the original has them
+
+
+@pytest.mark.parametrize("name", ["w1", "w2"])
+@pytest.mark.parametrize("packed_first", [False, True])
+def test_numbers_that_are_not_finite(permuted: Path, tmp_path: Path, name: str, packed_first: bool) -> None:
+    """At their place in the original, whether its neurons are put in order now or were before."""
+    model, tensor = tmp_path / "model", f"model.layers.0.block_sparse_moe.experts.1.{name}.weight"
+    model.mkdir()
+    for file, data in contents(permuted).items():
+        (model / file).write_bytes(data)
+    tensors = load_file(model / "model.safetensors")
+    tensors[tensor][3, 5] = math.nan
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    if packed_first:
+        model = compress(model, tmp_path / "packed")
+    ran = ders("compress", model, "--delta", "int4", *([] if packed_first else ["--align"]), "-o", tmp_path / "out")
+    assert ran.code == 4 and f"{tensor}: nan at [3, 5] of expert 1's" in ran.err
 
 
 def test_two_orders(permuted: Path, packed: Path, tmp_path: Path) -> None:

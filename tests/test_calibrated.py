@@ -1,6 +1,7 @@
 """Deltas fitted to what experts see: the arithmetic against slow references, and whole conversions of tiny models."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from ders_cli.calibrated import gptq, whitened
 from ders_cli.calibration import LEAST, make_encoder
 from ders_cli.codecs.integers import IntCodec
 from ders_cli.codecs.rank import RankCodec
-from ders_cli.errors import UsageError
+from ders_cli.errors import DersError, UsageError
 from ders_cli.output import Options
 from ders_cli.recipe import make_recipe
 from ders_cli.source import open_source
@@ -284,6 +285,26 @@ def test_what_is_refused(tmp_path: Path) -> None:
     assert ran.code == 2 and "calibration fits int8 ... int1 and rankR; the recipe has ternary0.1" in ran.err
     ran = ders("compress", folder, "--delta", "int3", "--activations", folder / "config.json", "-o", tmp_path / "o")
     assert ran.code == 4 and "not safetensors" in ran.err and ran.err.count("\n") == 1
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("change", ["written to", "replaced", "vanished"])
+def test_a_file_that_changes_meanwhile_is_noticed(tmp_path: Path, change: str) -> None:
+    folder = model(tmp_path / "m")
+    states, recipe = states_of(folder, tmp_path / "a"), make_recipe({"delta": "int3"})
+    with open_source(folder) as source, Activations(states) as seen:
+        encoder = make_encoder(source, recipe, seen, quiet=True)
+        conversion = convert.prepare(source, recipe, tmp_path / "o", Options(), encoder=encoder)
+        conversion.check_unchanged()
+        if change == "written to":
+            os.utime(states, ns=(0, 0))
+        elif change == "replaced":
+            states.rename(tmp_path / "b")
+            (tmp_path / "a").write_bytes((tmp_path / "b").read_bytes())
+        else:
+            states.unlink()
+        with pytest.raises(DersError, match=f"a: .*{change}.* since it was opened"):
+            convert.run(conversion)
     assert not (tmp_path / "o").exists()
 
 

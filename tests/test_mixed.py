@@ -540,6 +540,9 @@ class Forgetting:
     def memory(self, codec, group):
         return 0
 
+    def check_unchanged(self):
+        return None
+
 
 def test_another_encoder_chooses_the_parts(source: Path, tmp_path: Path) -> None:
     encoder: Encoder = Forgetting({"method": "none at all", "from": "x" * 5000})  # more than a page of ders.json

@@ -116,6 +116,11 @@ def test_what_differs_is_said(made: dict[str, Path], tmp_path: Path) -> None:
             ders("compress", made["model"], "--delta", "int4", "-o", out, "-q")
     ran = ders("compress", made["model"], "--delta", "int8", "--seed", 3, "-o", out, "--resume")
     assert ran.code == 2 and "another recipe (delta: int4, now int8; seed: 0, now 3)" in ran.err
+    rules = [{"layers": "0-1", "projections": ["down"], "experts": [k], "delta": "int8"} for k in (0, 1, 2)]
+    (tmp_path / "r.json").write_text(json.dumps({"delta": "int2", "rules": rules}))
+    ran = ders("compress", made["model"], "--recipe", tmp_path / "r.json", "-o", out, "--resume")
+    assert ran.code == 2 and "another recipe (delta: int4, now int2; rules: [], now [{" in ran.err
+    assert "...) and codecs; --overwrite starts again" in ran.err and len(ran.err) < 260 + len(str(out))
     os.utime(made["model"] / "model.safetensors")
     ran = ders("compress", made["model"], "--delta", "int4", "-o", out, "--resume")
     assert ran.code == 2 and "another source (model.safetensors: " in ran.err

@@ -278,7 +278,9 @@ def test_bucket_read_without_end(
 ) -> None:
     monkeypatch.setattr(remote_store, "TRIES", 3)
     address = bucket.upload(root / "org" / "source", "in/source")
-    bucket.fault = lambda method, key, number, wanted: "503" if key.endswith("2-of-00003.safetensors") and number > 3 else ""
+    bucket.fault = lambda method, key, number, wanted: (
+        "503" if key.endswith("2-of-00003.safetensors") and number > 3 else ""
+    )
     ran = ders("compress", address, *INT4, "-o", tmp_path / "out", "--scratch", scratch)
     assert ran.code == 1 and re.fullmatch(r"ders: s3://\S+: bytes \d+-\d+: .*; gave up after 3 tries\n", ran.err)
 

@@ -142,13 +142,18 @@ class ChangedFfn:
         """fp64 [codecs]: energy of the change of all outputs that the sampled rows of one projection make."""
         if projection == "down":
             return self._down
-        return np.array([np.vdot(change, self._gram @ change) for change in self._changes[projection]], np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):  # of weights near the largest, products are infinite
+            return np.array([np.vdot(change, self._gram @ change) for change in self._changes[projection]], np.float64)
 
     def errors(self, changed: float) -> tuple[float, float]:
         """Relative to the outputs, and to their difference from the base's; NaN without a token."""
         if self._ffn.states.shape[1] == 0:
             return math.nan, math.nan
         return _root_ratio(changed, self._energy), _root_ratio(changed, self._delta_energy)
+
+    def base_error(self) -> float:
+        """|y_base - y| / |y|; NaN without a token."""
+        return self.errors(self._delta_energy)[0]
 
 
 def _root_ratio(a: float, b: float) -> float:

@@ -14,15 +14,15 @@ from .choice import Choice
 def within_folder(most: int, fewest: int, solve: Callable[[int], Choice], folder: Callable[[Choice], int]) -> Choice:
     """The best choice whose folder takes at most `most` bytes.
 
-    fewest: delta bytes of the smallest choice; solve: the best within so many delta bytes; folder: bytes of a choice's whole
-    output. Raises UsageError where not even the smallest fits.
+    fewest: delta bytes of the choice with fewest; solve: the best within so many delta bytes; folder: bytes of a choice's whole
+    output. Raises UsageError where that of the smallest deltas does not fit.
     """
     smallest = solve(fewest)
     least = folder(smallest)
     if least > most:
         raise UsageError(
-            f"--budget {human_bytes(most)}: the smallest plan takes {least:,} bytes, all files of the output together; give it "
-            "that or more"
+            f"--budget {human_bytes(most)}: the plan of the smallest deltas takes {least:,} bytes, all files of the output together; "
+            "give it that or more"
         )
     capacity = fewest + most - least
     while capacity > fewest:

@@ -139,7 +139,7 @@ def test_copies(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("base", ["mean", "expert:0", "dense"])
-@pytest.mark.parametrize("share", [0.005, 0.1])
+@pytest.mark.parametrize("share", [0.003, 0.1])
 def test_noise_on_copies_is_measured(tmp_path: Path, share: float, base: str) -> None:
     folder = model(tmp_path / "m", Drawn().noisy(share * 0.02), 3)
     if base == "dense":
@@ -157,7 +157,40 @@ def test_noise_on_copies_is_measured(tmp_path: Path, share: float, base: str) ->
     assert found["verdict"]["kind"] == "noisy copies"
     assert found["verdict"]["noise"]["std"] == pytest.approx(share * 0.02, rel=0.05)
     assert found["verdict"]["noise"]["of_weights"] == pytest.approx(share, rel=0.05)
-    assert found["recommended"]["recipe"]["delta"] == "none"
+    assert (found["recommended"]["recipe"]["delta"] == "none") == (share == 0.003)
+    assert ("(none) would change outputs by 0." in found["recommended"]["says"]) == (share == 0.1)
+
+
+def test_what_none_would_change_is_what_it_changes(tmp_path: Path) -> None:
+    folder = model(tmp_path / "m", Drawn().noisy(0.003 * 0.02), dtype=F32)
+    says = analysis(folder)["recommended"]["says"]
+    said = float(says.partition("outputs change by ")[2].split()[0])
+    done("compress", folder, "--delta", "none", "-o", tmp_path / "d", "-q")
+    ran = ders("verify", tmp_path / "d", "--against", folder, "--json")
+    errors = [expert["output"] for expert in ran.json["experts"]]
+    assert said == pytest.approx(np.sqrt(np.mean(np.square(errors))), rel=0.15)
+
+
+def test_much_noise_is_not_called_harmless(tmp_path: Path) -> None:
+    found = analysis(model(tmp_path / "m", Drawn().noisy(0.4 * 0.02)))
+    assert found["verdict"]["kind"] == "relatives" and found["verdict"]["noise"] is None
+    assert (found["recommended"]["recipe"] or {}).get("delta") != "none"
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.3])
+def test_a_lossy_codec_is_smaller_than_exact_or_not_recommended(tmp_path: Path, share: float) -> None:
+    """Sparse fine-tuning: few weights move, and `exact` takes little for the others."""
+    random = random_of(5)
+
+    def sparse(base: Tensor, i: int) -> Tensor:
+        moved = torch.rand(base.shape, generator=random) < share
+        return base + moved * 5e-5 * torch.randn(base.shape, generator=random)
+
+    found = analysis(model(tmp_path / "m", sparse))
+    term, bases = found["recommended"]["recipe"]["delta"], {base["base"]: base for base in found["bases"]}
+    exact = found["codecs"]["exact"]
+    least = exact["folder_bytes"] - exact["delta_bytes"] + min(b["exact_bytes"] or 10**9 for b in bases.values())
+    assert term == "exact" or found["codecs"][term]["folder_bytes"] < least
 
 
 def test_noise_of_ders_upcycle(tmp_path: Path) -> None:
@@ -201,7 +234,7 @@ def test_a_stranger_among_siblings_is_named(tmp_path: Path) -> None:
 def test_layers_of_other_kinds_are_named_and_kept(tmp_path: Path) -> None:
     drawn = Drawn()
     kinds = {0: copy, 1: copy, 2: copy, 3: drawn.tuned, 4: drawn.tuned, 5: drawn.own}  # copies say nothing of the rest
-    folder = model(tmp_path / "m", kinds, layers=6)
+    folder = model(tmp_path / "m", kinds, layers=6, dtype=F32)  # of which `exact` takes more than a lossy codec
     found = analysis(folder, "--write-recipe", tmp_path / "r.yaml")
     assert found["verdict"]["kind"] == "siblings"
     assert [group["verdict"] for group in found["groups"][::3]] == [*["copies"] * 3, "siblings", "siblings", "native"]
@@ -211,6 +244,9 @@ def test_layers_of_other_kinds_are_named_and_kept(tmp_path: Path) -> None:
     assert found["groups"][0]["plan"] == ["exact"] * 4 and found["groups"][9]["plan"] != ["exact"] * 4
     done("compress", folder, "--recipe", tmp_path / "r.yaml", "-o", tmp_path / "d", "-q")
     done("verify", tmp_path / "d", "--against", folder)
+    size = sum(path.stat().st_size for path in (tmp_path / "d").iterdir())
+    said = float(found["recommended"]["says"].partition("would take ")[2].split("%")[0])
+    assert said == pytest.approx(100 * size / found["bytes"]["source"], abs=2)  # the rules' layers counted as `exact`
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -222,7 +258,7 @@ def test_a_layer_that_is_not_finite_is_kept_exactly(tmp_path: Path, value: float
         expert[3, 5] = value if i == 2 else expert[3, 5]
         return expert
 
-    folder = model(tmp_path / "m", {0: drawn.tuned, 1: broken, 2: drawn.tuned}, layers=3)
+    folder = model(tmp_path / "m", {0: drawn.tuned, 1: broken, 2: drawn.tuned}, layers=3, dtype=F32)
     found = analysis(folder, "--write-recipe", tmp_path / "r.yaml")
     assert found["verdict"]["kind"] == "siblings" and found["groups"][3]["verdict"] is None
     assert found["groups"][3]["delta"]["kurtosis"] == [None] * 4 and found["groups"][3]["delta"]["equal"][0] is not None
@@ -271,6 +307,13 @@ def test_folders_have_the_predicted_bytes(tmp_path: Path, dtype: torch.dtype) ->
             assert found["codecs"][term]["bits_per_delta_weight"] == pytest.approx(
                 noted["bits_per_delta_weight"], rel=1e-5
             )
+
+
+def test_a_tokenizer_does_not_make_a_model_not_worth_it(tmp_path: Path) -> None:
+    folder = model(tmp_path / "m", Drawn().tuned, dtype=F32)
+    before = analysis(folder)["recommended"]["recipe"]
+    (folder / "tokenizer.json").write_text("{" + " " * 600_000 + "}")
+    assert before is not None and analysis(folder)["recommended"]["recipe"] == before
 
 
 def test_any_number_of_threads_gives_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,9 +424,13 @@ BASES = [BaseFound("mean", "mean", 0.1, 300), BaseFound("dense:d", "some/d", 0.2
         ({"ternary0.02": cost(0.009, 10, worst=0.021), "int4": cost(1e-4, 90)}, "int4", "mean"),
         ({"ternary0.02": cost(0.009, 10, kept=0.9), "int4": cost(1e-4, 90)}, "int4", "mean"),
         ({"ternary0.02": cost(float("nan"), 10), "int4": cost(0.02, 90), "exact": cost(0, 200)}, "exact", "some/d"),
-        ({"int4": cost(0.02, 90), "exact": cost(0, 580)}, None, None),
+        ({"int4": cost(0.02, 90), "exact": cost(0, 680)}, None, None),
+        ({"int4": cost(0.02, 90), "exact": cost(0, 580)}, "exact", "some/d"),  # 980 bytes; 100 fewer with that base
+        ({"int4": cost(1e-4, 101), "exact": cost(0, 200)}, "exact", "some/d"),  # 501 bytes for 500
+        ({"int4": cost(1e-4, 100), "exact": cost(0, 200)}, "exact", "some/d"),
+        ({"int4": cost(1e-4, 99), "exact": cost(0, 200)}, "int4", "mean"),
         ({"int3": cost(0.002, 70), "none": cost(0.002, 0, kept=0.0), "exact": cost(0, 200)}, "int3", "mean"),
-        ({"int4": cost(1e-4, 590), "exact": cost(0, 580)}, None, None),
+        ({"int4": cost(1e-4, 590), "exact": cost(0, 680)}, None, None),
     ],
 )
 def test_the_lightest_codec_within_the_bound(costs: dict[str, Cost], chosen: str | None, base: str | None) -> None:
@@ -414,6 +461,30 @@ def test_noise_is_what_all_deltas_look_like() -> None:
     assert kind(noise, NoiseFound(0.001, 3.0, 1.0, 1.4)) == "siblings"
     assert kind(noise, NoiseFound(0.002, 3.0, 1.0, 1.0)) == "siblings"
     assert kind(NoiseFound(*[float("nan")] * 4)) == "siblings"
+
+
+@pytest.mark.parametrize("s, kind", [(0.24, "noisy copies"), (0.26, "relatives"), (0.8, "native")])
+def test_copies_are_near_each_other(s: float, kind: str) -> None:
+    noise = NoiseFound(0.001, 3.0, 1.0, 1.0)
+    found = judge([facts(n, s=s, noise=(noise, noise)) for n in range(2)], "mean")
+    assert found.kind == kind and (found.noise is not None) == (kind == "noisy copies")
+
+
+@pytest.mark.parametrize(
+    "of_none, chosen",
+    [
+        ((0.009, 0.019), "none"),
+        ((0.011, 0.012), "int4"),
+        ((0.009, 0.021), "int4"),
+        ((float("nan"), float("nan")), "int4"),
+    ],
+)
+def test_none_has_to_keep_the_bound_too(of_none: tuple[float, float], chosen: str) -> None:
+    noise = NoiseFound(0.001, 3.0, 1.0, 1.0)
+    groups, costs = [facts(noise=(noise, noise))], {"int4": cost(1e-4, 90), "exact": cost(0, 680)}
+    found = recommend(judge(groups, "mean"), groups, costs, BASES, 1000, {}, of_none)
+    assert found.recipe["delta"] == chosen
+    assert ("not known" if of_none[0] != of_none[0] else f"{of_none[0]:.2g}") in found.says
 
 
 def test_numbers_in_ranges() -> None:

@@ -95,10 +95,10 @@ def test_a_folder_is_not_passed(folders: dict[str, Path], tmp_path: Path, shard:
         assert size == spent.predicted["folder_bytes"] <= most
         return spent
 
-    with pytest.raises(UsageError, match="the smallest plan takes") as refused:
+    with pytest.raises(UsageError, match="the plan of the smallest deltas takes") as refused:
         bought(1000)
     least = int(re.search(r"([\d,]+) bytes", str(refused.value))[1].replace(",", ""))
-    with pytest.raises(UsageError, match="the smallest plan takes"):
+    with pytest.raises(UsageError, match="the plan of the smallest deltas takes"):
         bought(least - 1)
     errors = [bought(most).predicted["output_error"] for most in (least, least + 20000, least + 40000, 10**9)]
     assert errors == sorted(errors, reverse=True) and errors[0] > errors[1] > errors[2] > errors[3] == 0
@@ -226,6 +226,34 @@ def test_weights_that_are_not_finite_are_kept_exactly(folders: dict[str, Path], 
     assert size == spent.predicted["folder_bytes"] and manifest["bytes"]["bits_per_delta_weight"] <= 6
 
 
+@pytest.mark.parametrize("base", ["mean", "expert:0"])
+@pytest.mark.parametrize("row", [0, toy.HIDDEN - 1])  # one of the two is not among the sampled rows
+def test_one_nan_leaves_its_group_to_exact(
+    folders: dict[str, Path], tmp_path: Path, base: str, row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In expert 0, and so in the base: no delta of these matrices is finite, not even where an expert is the base."""
+
+    def broken(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.experts.0.down_proj.weight"][row, 5] = math.nan
+
+    monkeypatch.setattr(measuring, "ROWS", 4)
+    folder = _changed(folders["bf16"], tmp_path / "model", broken)
+    with pytest.raises(UsageError, match=r"layers.1.mlp.experts.*add exact"):
+        _spend(folder, Limit("bits", 6.0), {"base": base}, candidates=("int4", "int1"))
+    for limit in (Limit("bits", 6.0), most_error(0.05)):
+        spent = _spend(folder, limit, {"base": base})
+        terms = {entry["group"]: entry["experts"] for entry in spent.plan}
+        assert set(terms["model.layers.1.mlp.experts.down_proj"].values()) == {"exact"}
+        assert set(spent.uniform) == {"exact"}
+    assert terms["model.layers.1.mlp.experts.up_proj"]["1"] != "exact"
+    size, _ = _written(folder, spent, tmp_path / "out")
+    done("restore", tmp_path / "out", "-o", tmp_path / "back", "-q")
+    before, after = (load_file(where / "model.safetensors") for where in (folder, tmp_path / "back"))
+    downs = [name for name in before if "layers.1.mlp.experts" in name and "down" in name]
+    assert size == spent.predicted["folder_bytes"] and len(downs) == len(terms["model.layers.1.mlp.experts.down_proj"])
+    assert all(torch.equal(before[name].view(torch.int16), after[name].view(torch.int16)) for name in downs)
+
+
 def test_a_ders_checkpoint_as_source(folders: dict[str, Path], tmp_path: Path) -> None:
     done("decompose", folders["bf16"], "-o", tmp_path / "exact", "-q")
     ways = [_spend(folder, Limit("bits", 2.0)) for folder in (folders["bf16"], tmp_path / "exact")]
@@ -309,6 +337,17 @@ def test_what_is_refused(folders: dict[str, Path]) -> None:
     assert _spend(folders["bf16"], Limit("bits", least)).predicted["bits_per_delta_weight"] <= least
     with pytest.raises(UsageError, match="leave the recipe's rules out"):
         _spend(folders["bf16"], Limit("bits", 1.0), {"rules": [{"layers": 0, "delta": "int8"}]})
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_weights_near_the_largest(folders: dict[str, Path], tmp_path: Path) -> None:
+    """numpy says nothing of products that pass fp32's range."""
+    tensors = load_file(folders["f32, stacked"] / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("experts.gate_up_proj"))
+    tensors[name][1, 3, 5] = 3e38
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes((folders["f32, stacked"] / "config.json").read_bytes())
+    assert _spend(tmp_path, Limit("bits", 12.0)).predicted["bits_per_delta_weight"] <= 12
 
 
 @pytest.mark.parametrize("text", ["", "bpw", "1.5", "-1bpw", "0GB", "x", "1.5 bits"])

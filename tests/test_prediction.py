@@ -146,6 +146,20 @@ def test_small_matrices_are_predicted_truly(name: str, dtype: torch.dtype, tmp_p
         found = predict(source, groups, MeanBase(), prediction)
         every = dict.fromkeys([label for label, _ in groups["up"].members], states)
         assert_alike(found, reference(source, groups, MeanBase(), every, codecs, SEED))
+        for label, error in prediction.base_errors().items():
+            assert error == pytest.approx(base_error(source, groups, label, states.astype(np.float64)), rel=TOLERANCE)
+
+
+def base_error(source: Source, groups, label: str, states: np.ndarray) -> float:
+    """|y_mean - y| / |y| of one expert."""
+    weights: list[dict] = [{}, {}]
+    for p, group in groups.items():
+        experts, mean = whole(source, group, MeanBase())
+        own = experts[[one for one, _ in group.members].index(label)]
+        for one, bits in zip(weights, (own, mean), strict=True):
+            one[p] = floats.widen(bits, group.dtype).astype(np.float64)
+    y, y_mean = (ffn(source, one, states) for one in weights)
+    return float(np.linalg.norm(y_mean - y) / np.linalg.norm(y))
 
 
 def test_states_and_labels_of_their_own(tmp_path: Path) -> None:
@@ -329,6 +343,33 @@ def test_weights_that_are_not_finite_give_no_numbers(bad: float) -> None:
         assert math.isnan(found["gate"]["1"][term].output_error) and found["gate"]["1"][term].delta_error >= 0
         assert all(math.isfinite(value) for value in vars(found["up"]["0"][term]).values())
     assert found["up"]["1"]["exact"].output_error == 0
+
+
+@pytest.mark.parametrize("where", ["expert", "base"])
+def test_rows_that_are_not_sampled_are_looked_at_too(where: str) -> None:
+    groups, bits = synthetic(80, 16, 2, np.random.default_rng(0), spread=0.01)
+    states = np.random.default_rng(2).standard_normal((5, 16), np.float32)
+    prediction = LayerPrediction(groups, "silu", states, codecs_of(["int4", "exact"]), 0, rows=4)
+    row = next(row for row in range(16) if row not in prediction._places.rows)
+    (bits["down"][0][1] if where == "expert" else bits["down"][1])[row, 4] = 0x7FC0
+    found = shown(prediction, groups, bits, 8)
+    lost = {"1"} if where == "expert" else {"0", "1"}
+    for label in "01":
+        assert prediction.finite("down", label) == (label not in lost) and prediction.finite("up", label)
+        one = found["down"][label]["int4"]
+        assert [math.isnan(value) for name, value in vars(one).items() if name != "bytes"] == [label in lost] * 5
+        assert found["down"][label]["exact"].output_error == 0
+        assert where == "expert" or 0 < found["up"][label]["int4"].output_error < 1  # of its own finite matrices
+
+
+def test_what_a_codec_refuses_is_not_free() -> None:
+    """All is finite, but mean|d| / density is past what ternary's scales hold."""
+    groups, bits = synthetic(20, 16, 1, np.random.default_rng(0))
+    bits["down"][0][0][3] = floats.narrow(np.full(20, 1e38, np.float32), "BF16")
+    states = np.full((2, 16), 1e-10, np.float32)  # of which the outputs are finite
+    found = shown(LayerPrediction(groups, "silu", states, codecs_of(["ternary0.1", "exact"]), 0), groups, bits, 8)
+    assert math.isnan(found["down"]["0"]["ternary0.1"].output_error)
+    assert found["down"]["0"]["exact"].output_error == 0
 
 
 def test_experts_that_equal_their_base() -> None:

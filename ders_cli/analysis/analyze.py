@@ -2,13 +2,13 @@
 
     headers -> per layer, in threads: blocks of rows -> observers (layer.py) -> verdict -> costs in bytes -> recommendation
 
-The document is that of report_document.py. The same command gives the same document with any number of threads.
+The document is that of reports/document.py. The same command gives the same document with any number of threads.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +26,7 @@ from ..convert import Conversion
 from ..engines import local
 from ..errors import CheckpointError, UsageError
 from ..layouts import ExpertGroup
-from ..output import Options
+from ..output import Options, carry
 from ..plan import make_plan
 from ..recipe import make_recipe
 from ..report import say, shown
@@ -41,7 +41,9 @@ from .verdict import Verdict, judge
 TERMS = ("exact", *LIGHT, "int8")
 FEW_EXPERTS = 8  # up to so many, each is listed as a base
 KEEP = "keep"  # what a plan says of an expert where the model is not worth converting
-MOST_SPECTRA = 10  # layers of which one expert's singular values are taken: a second of CPU for a matrix of [14336, 4096]
+MOST_SPECTRA = (
+    10  # layers of which one expert's singular values are taken: a second of CPU for a matrix of [14336, 4096]
+)
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,11 @@ def _document(
     alike = [layer for layer in found if not any(fact.name in odd for fact in layer.facts)]
     costs = {codec.term: _cost(source, bases, found, alike or found, codec, settings) for codec in codecs}
     compared = bases.found(found)
-    recommended = recommend(verdict, facts, costs, compared, source_bytes, settings)
+    without = [error for layer in alike or found for error in layer.base_errors.values()]
+    of_none = root_mean_square(without), max((error for error in without if not math.isnan(error)), default=math.nan)
+    ruled = {term: _with_rules(cost, term, groups, odd) for term, cost in costs.items()}
+    beside = sum(path.stat().st_size for path in carry(source.reader.folder))  # which the output folder holds too
+    recommended = recommend(verdict, facts, ruled, compared, source_bytes + beside, settings, of_none)
     if isinstance(source, DersSource) and not source.lossless:
         recommended = Recommendation(
             None, "Keep it: its deltas are lossy already. Analyze and convert the original model."
@@ -280,6 +286,13 @@ def _cost(
         max((error for error in errors if not math.isnan(error)), default=0.0 if codec.lossless else math.nan),
         mean(group["codecs"][codec.term]["kept"] for layer in alike for group in layer.groups),
     )
+
+
+def _with_rules(cost: Cost, term: str, groups: Sequence[Mapping[str, Any]], odd: Set[str]) -> Cost:
+    """What a recipe takes that keeps the groups named in `odd` exactly."""
+    kept = [group["codecs"] for group in groups if group["name"] in odd]
+    more = sum(codecs["exact"]["bytes"] - codecs[term]["bytes"] for codecs in kept)
+    return replace(cost, delta_bytes=cost.delta_bytes + more, folder_bytes=cost.folder_bytes + more)
 
 
 def _codec_document(term: str, cost: Cost, weights: int, found: Sequence[LayerFound]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """One layer's numbers: all observers over one pass, and what they found, as the report says it.
 
-Fields are those of report_document.py; a number that is not known is NaN here and null there.
+Fields are those of reports/document.py; a number that is not known is NaN here and null there.
 """
 
 import math
@@ -45,7 +45,8 @@ class Settings:
 class LayerFound:
     """What was found of one layer. groups: as the report has them, without verdict and plan.
 
-    energy, exact_bytes: {base: ...} over all experts, "" the chosen one; output_errors: {term: {label: all projections}}.
+    energy, exact_bytes: {base: ...} over all experts, "" the chosen one; output_errors: {term: {label: all projections}};
+    base_errors: {label: |y_base - y| / |y|}, the base in the expert's place.
     """
 
     name: str
@@ -55,6 +56,7 @@ class LayerFound:
     energy: dict[str, float]
     exact_bytes: dict[str, int]
     output_errors: dict[str, dict[str, float]]
+    base_errors: dict[str, float]
 
 
 class _Statistics:
@@ -149,17 +151,18 @@ def study_layer(
             for label in ("", *settings.others)
         },
         output_errors=_output_errors(predicted, settings.codecs),
+        base_errors=predictions[0].base_errors(),
     )
 
 
 def _predictions(
     groups: Mapping[str, ExpertGroup], activation: str, states: States | None, settings: Settings
 ) -> list[LayerPrediction]:
-    """Of codecs whose rows encode apart, all experts; of those that take whole matrices, one expert."""
+    """First of codecs whose rows encode apart, of all experts; then of those that take whole matrices, of one expert."""
     lossy = [codec for codec in settings.codecs if not codec.lossless]
     whole = [codec for codec in lossy if codec.block_rows(groups["up"].shape) is not None]
     apart = [codec for codec in lossy if codec not in whole]
-    found = [LayerPrediction(groups, activation, states, apart, settings.seed)] if apart else []
+    found = [LayerPrediction(groups, activation, states, apart, settings.seed)]
     return found + ([WholePrediction(groups, activation, states, whole, settings.seed)] if whole else [])
 
 

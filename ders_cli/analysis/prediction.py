@@ -41,8 +41,9 @@ States = np.ndarray | Mapping[str, np.ndarray]
 class Predicted:
     """What one codec would make of one expert's matrix, all other matrices left as they are.
 
-    An error is NaN where it is not known: weights, or what the codec makes of them, are not finite, or, of outputs, there
-    is no token or no `down`. It is infinite relative to nothing, such as an expert of zeros.
+    An error is NaN where it is not known: anywhere in the matrix, its base, or what the codec makes of them, there is a number
+    that is not finite, or, of outputs, there is no token or no `down`. It is infinite relative to nothing, such as an expert
+    of zeros.
     """
 
     bytes: int | None  # of its parts on disk; None: of an exact stream that was not counted
@@ -87,6 +88,7 @@ class LayerPrediction:
         self._labels = {i: label for i, label in members if labels is None or label in labels}
         self._differences = {(p, i): [Differences() for _ in self._sampled] for p in groups for i in self._labels}
         self._refused: set[tuple[str, int, int]] = set()  # projection, expert, codec
+        self._not_finite: set[tuple[str, int]] = set()  # projection, expert: of all rows, not only those that are coded
         self._exact = {(p, i): _ExactBytes(groups[p]) for p in groups for i in self._labels} if exact_bytes else {}
         inner, hidden = groups["up"].shape
         tokens, neurons = self._fitting(states, inner, rows) if states is not None else (0, rows)
@@ -130,6 +132,7 @@ class LayerPrediction:
         with np.errstate(all="ignore"):  # what is not finite comes out as NaN
             self._multiply(block)
             for i in self._labels:
+                self._look(block, i)
                 for places, differences in self._coded(block, i):
                     if i in self._experts:
                         self._experts[i].change(projection, places, differences)
@@ -137,6 +140,13 @@ class LayerPrediction:
                     self._experts[i].settle(projection, rows)
                 if self._exact:
                     self._exact[projection, i].add(block.experts[i], block.base)
+
+    def _look(self, block: Block, i: int) -> None:
+        at = (block.group.projection, i)
+        if at not in self._not_finite:
+            delta = floats.delta(block.experts[i], block.base, block.group.dtype)
+            if floats.first_nonfinite(delta) >= 0:
+                self._not_finite.add(at)
 
     def _multiply(self, block: Block) -> None:
         if not self._experts:
@@ -177,6 +187,17 @@ class LayerPrediction:
     def _sample(self, projection: str) -> Sample:
         return self._places if projection == "down" else self._neurons
 
+    def finite(self, projection: str, label: str) -> bool:
+        """Whether all of an expert's matrix, and of its difference from the base, is finite: a lossy codec refuses any other."""
+        return all(p != projection or self._labels[i] != label for p, i in self._not_finite)
+
+    def base_errors(self) -> dict[str, float]:
+        """label -> |y_base - y| / |y|: what is lost with the base in the expert's place, as `none` has it; not sampled."""
+        return {label: self._base_error(i) for i, label in self._labels.items()}
+
+    def _base_error(self, i: int) -> float:
+        return self._experts[i].base_error() if i in self._experts else math.nan
+
     def found(self) -> dict[str, dict[str, dict[str, Predicted]]]:
         """projection -> label -> codec.term -> Predicted."""
         return {p: {label: self._of_matrix(p, i) for i, label in self._labels.items()} for p in self._groups}
@@ -192,6 +213,9 @@ class LayerPrediction:
                 found[codec.term] = Predicted(size + exact.found if exact else None, 0.0, 0.0, 1.0, 0.0, 0.0)
                 continue
             number = next(numbers)
+            if (projection, i) in self._not_finite or (projection, i, number) in self._refused:
+                found[codec.term] = Predicted(size, *[math.nan] * 5)
+                continue
             weights = self._weight_errors(projection, i, number)
             outputs = (math.nan, math.nan) if expert is None else expert.errors(energies[number])
             found[codec.term] = Predicted(size, *weights, *outputs)
@@ -199,7 +223,7 @@ class LayerPrediction:
 
     def _weight_errors(self, projection: str, i: int, number: int) -> tuple[float, float, float]:
         differences = self._differences[projection, i][number]
-        if (projection, i, number) in self._refused or not differences.finite:
+        if not differences.finite:
             return math.nan, math.nan, math.nan
         errors = differences.errors()
         return errors["weight"], errors["delta"], errors["kept"]

@@ -3,7 +3,7 @@
     r = |W - mean| / |W|   over all experts of a group          s = r / sqrt(1 - 1/E)   1 for independent experts
 
     copies         all bits are equal
-    noisy copies   copies to which independent normal noise was added (noise.py)
+    noisy copies   s < 0.25: copies to which independent normal noise was added (noise.py)
     siblings       s < 0.25: fine-tuned from one ancestor; upcycled models have 0.001 to 0.1
     relatives      s < 0.7: a common ancestor is far away; every lossy form costs much of what they are
     permuted       unrelated as they stand, but their neurons match in another order (ders_cli/alignment.py)
@@ -25,7 +25,6 @@ KURTOSIS, SPREAD = (
     1.12,
 )  # of noise: |kurtosis - 3| and the rows' and columns' spread are below; means over all experts
 LEVELS = 0.1  # the level of noise differs by less from layer to layer, as it is or relative to the weights
-RELATED = ("siblings", "relatives")
 MANY = (
     0.5  # share of the experts of which noise.py must know, of a layer's that are permuted, of groups with a stranger
 )
@@ -94,7 +93,7 @@ def judge(groups: Sequence[GroupFacts], base: str) -> Verdict:
     if all(group.experts == 1 for group in groups):
         says = "Not worth it: there is one expert in a layer, so there is nothing to share."
         return Verdict("native", says, [], None, dict.fromkeys((g.name for g in groups), "native"))
-    noise = _noise([group for group in groups if _kind(group) in RELATED], base)
+    noise = _noise([group for group in groups if _kind(group) == "siblings"], base)
     kinds = {group.name: _noisy(_kind(group), noise) for group in groups}
     kind = _main_kind(groups, kinds)
     reasons = [
@@ -133,7 +132,7 @@ def _kind(group: GroupFacts) -> str | None:
 
 
 def _noisy(kind: str | None, noise: Noise | None) -> str | None:
-    return "noisy copies" if kind in RELATED and noise is not None else kind
+    return "noisy copies" if kind == "siblings" and noise is not None else kind
 
 
 def _main_kind(groups: Sequence[GroupFacts], kinds: dict[str, str | None]) -> str:

@@ -47,7 +47,7 @@ class Cell:
     """One matrix of one expert and what it may become.
 
     found: term -> (bytes on disk, cost), of every candidate that can be used. stream: bytes of an exact stream among them.
-    same: every bit equals the base's.
+    same: every bit equals the base's, and is finite.
     """
 
     layer: int
@@ -129,7 +129,8 @@ def _measure_layer(
         for label in labels:
             kept = {term: predicted for term, predicted in found[label].items() if term not in pulling}
             weight = weights[label] / experts
-            cells.append(_cell(groups[p], label, kept, weight, exact, (p, label) not in same.different))
+            alike = (p, label) not in same.different and prediction.finite(p, label)
+            cells.append(_cell(groups[p], label, kept, weight, exact, alike))
     return cells
 
 
@@ -167,9 +168,10 @@ def _cell(
         if lossless:
             fixed = sum(spec.nbytes for spec in exact.spec(group.shape).values() if spec)
             stream = predicted.bytes - fixed
-    if not options:
+    if not options and not same:
         raise UsageError(
-            f"{group.name}, expert {label}: its weights or outputs are not finite, which only exact keeps; add exact to the candidates"
+            f"{group.name}, expert {label}: its weights, outputs or base are not finite, which only exact keeps; "
+            "add exact to the candidates"
         )
     return Cell(group.layer, group.projection, label, group.shape[0] * group.shape[1], options, stream, same)
 

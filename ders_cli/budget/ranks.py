@@ -119,7 +119,7 @@ def _of_group(
             delta[rows] = floats.delta(source.read(group, i, rows), bits, group.dtype)
         if floats.first_nonfinite(delta) >= 0:
             raise CheckpointError(
-                f"{group.name}, expert {label}: a weight is not finite; only --delta exact keeps such values"
+                f"{group.name}, expert {label}: a weight, or its base's, is not finite; only --delta exact keeps such values"
             )
         key = make_key(seed, group.name, label)
         left, _ = lowrank.factors(delta, min(most, *group.shape), key)

@@ -198,18 +198,17 @@ def begin(out: Path, options: Options, fingerprint: dict[str, Any]) -> Iterator[
     folder = partial_of(out)
     options.target.make_room()
     with locked(folder, LOCK):
-        try:
-            _refuse_standing(out, options)  # again: another run may have ended meanwhile
-        except UsageError:
-            _leave_empty(folder)
-            raise
+        _refuse_again(out, options, folder)
         if options.resume and is_untidy(out) and not _begun(folder):
-            _leave_empty(folder)
-            if differs := _differences(_mark(out), fingerprint):
-                raise UsageError(f"{out}: was made with another {differs}; --overwrite replaces it")
-            _tidy(out)
-            yield None
-            return
+            differs = _differences(_mark(out), fingerprint)
+            if not differs or is_untidy(out):
+                _leave_empty(folder)
+                if differs:
+                    raise UsageError(f"{out}: was made with another {differs}; --overwrite replaces it")
+                _tidy(out)
+                yield None
+                return
+            _refuse_again(out, options, folder)  # the run that made it was tidying up, and its mark is gone
         again = _begun(folder) and options.resume
         if again:
             if differs := _differences(_mark(folder), fingerprint):
@@ -219,6 +218,15 @@ def begin(out: Path, options: Options, fingerprint: dict[str, Any]) -> Iterator[
             write_file(folder / MARK, json.dumps(fingerprint).encode())
         options.target.begin(folder / MARK, again)
         yield folder
+
+
+def _refuse_again(out: Path, options: Options, folder: Path) -> None:
+    """Another run may have ended since `refuse_occupied` looked; of this one nothing is left then."""
+    try:
+        _refuse_standing(out, options)
+    except UsageError:
+        _leave_empty(folder)
+        raise
 
 
 def _leave_empty(folder: Path) -> None:

@@ -330,6 +330,18 @@ def test_an_output_that_came_to_be_meanwhile(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out] and contents(out) == {"config.json": b"{}"}
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_whose_run_tidies_up_meanwhile(made, tmp_path: Path, monkeypatch, overwrite: bool) -> None:
+    """Its mark is there when it is looked for and gone when it is read: then it is a complete output as any other."""
+    out = tmp_path / "out"
+    shutil.copytree(made["int4"], out)
+    (out / output.MARK).write_text("{}")
+    monkeypatch.setattr(output, "_mark", lambda folder: (folder / output.MARK).unlink() or {})
+    ran = ders("compress", made["model"], "--delta", "int4", "-o", out, "--resume", *["--overwrite"] * overwrite)
+    assert (ran.code, "was made with another" in ran.err) == (0 if overwrite else 2, False), ran.err
+    assert contents(out) == contents(made["int4"]) and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_what_stays_behind_is_not_looked_into(made: dict[str, Path], tmp_path: Path) -> None:
     """A link that nobody would follow, listed in a stranger's ders.json: no hash of what it leads to is made."""
     model = Path(shutil.copytree(made["int4"], tmp_path / "model"))

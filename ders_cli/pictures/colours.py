@@ -1,6 +1,6 @@
 """Colours that hold on light and dark paper, and for most colour-blind readers.
 
-CODECS: Paul Tol's bright and muted qualitative schemes (SRON/EPS/TN/09-002, issue 3.2), mid lightness only.
+CODECS: Paul Tol's bright and muted qualitative schemes (SRON/EPS/TN/09-002, 2021), mid lightness only.
 """
 
 import colorsys
